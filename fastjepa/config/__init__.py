@@ -1,0 +1,1 @@
+"""The recipe: schema, loading with overrides, and every number derived from it."""

@@ -1,0 +1,253 @@
+"""What a recipe may say: typed, frozen, unknown keys refused. Values in, no behaviour.
+
+Durations are whole steps (`15000`) or a share of the run (`5%`); `Resolved` in resolve.py turns them into steps.
+Defaults are the released V-JEPA 2.1 pretraining (paper section 4 and the released configuration).
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the recipe: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _duration(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("expected whole steps (15000) or a share of the run (5%)")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("expected a number of steps that is not negative")
+        return value
+    number = value.removesuffix("%")
+    try:
+        share = float(number)
+    except ValueError:
+        share = -1.0
+    if number == value or not 0.0 <= share <= 1000.0:
+        raise ValueError("expected whole steps (15000) or a share of the run (5%)")
+    return value
+
+
+Duration = Annotated[int | str, BeforeValidator(_duration)]
+Range = tuple[float, float]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _ordered(name: str, value: Range, low: float, high: float) -> None:
+    if not low <= value[0] <= value[1] <= high:
+        raise ValueError(f"{name}: expected low <= high within [{low:g}, {high:g}], got {value}")
+
+
+class Run(Section):
+    folder: Path = Path("runs/fastjepa")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class Predictor(Section):
+    width: Positive = 384
+    depth: Positive = 24
+    heads: Positive = 12
+    mask_tokens: Positive = 8
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Predictor":
+        if self.width % self.heads or (self.width // self.heads) % 2:
+            raise ValueError(
+                f"width {self.width} over {self.heads} heads leaves no even whole head width"
+            )
+        return self
+
+
+class Model(Section):
+    name: Literal[
+        "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic"
+    ] = "vit_large"
+    width: Positive | None = None
+    depth: Positive | None = None
+    heads: Positive | None = None
+    mlp_width: Positive | None = None
+    levels: tuple[int, ...] | None = None
+    patch: Positive = 16
+    tubelet: Positive = 2
+    interpolate_rope: bool = True
+    checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "math"] = "auto"
+    predictor: Predictor = Predictor()
+
+
+class Source(Section):
+    """One data set: a folder, a glob, a CSV/Parquet/JSONL manifest, or `package:NAME/FOLDER`."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+
+
+class Augment(Section):
+    scale: Range = (0.3, 1.0)
+    aspect: Range = (0.75, 1.35)
+    flip: Share = 0.5
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Augment":
+        _ordered("scale", self.scale, 1e-3, 1.0)
+        _ordered("aspect", self.aspect, 1e-2, 1e2)
+        return self
+
+
+class Data(Section):
+    video: tuple[Source, ...] = ()
+    image: tuple[Source, ...] = ()
+    frames: Positive = 16
+    fps: Annotated[float, Field(gt=0.0)] = 4.0
+    crop: Positive = 256
+    image_crop: Positive | None = None
+    batch: Positive = 24
+    image_batch: Positive = 72
+    image_share: Share = 0.5
+    mix: Literal["alternate", "accumulate"] = "accumulate"
+    workers: Annotated[int, Field(ge=0)] = 8
+    prefetch: Positive = 4
+    max_bad_share: Share = 0.5
+    augment: Augment = Augment()
+
+
+class MaskGroup(Section):
+    """One way to split a clip's tokens into context and predicted (paper section 3, multi-block)."""
+
+    num_blocks: Positive
+    spatial_scale: Range
+    temporal_scale: Range = (1.0, 1.0)
+    aspect_ratio: Range = (0.75, 1.5)
+    max_temporal_keep: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    max_keep: Positive | None = None
+    full_complement: bool = False
+    pred_full_complement: bool = False
+    inv_block: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MaskGroup":
+        _ordered("spatial_scale", self.spatial_scale, 0.0, 1.0)
+        _ordered("temporal_scale", self.temporal_scale, 0.0, 1.0)
+        _ordered("aspect_ratio", self.aspect_ratio, 1e-2, 1e2)
+        if self.full_complement and self.pred_full_complement:
+            raise ValueError("full_complement and pred_full_complement exclude each other")
+        return self
+
+
+class Masks(Section):
+    video: Annotated[tuple[MaskGroup, ...], Field(min_length=1)] = (
+        MaskGroup(num_blocks=8, spatial_scale=(0.15, 0.15)),
+        MaskGroup(num_blocks=2, spatial_scale=(0.7, 0.7)),
+    )
+    image: Annotated[tuple[MaskGroup, ...], Field(min_length=1)] = (
+        MaskGroup(num_blocks=10, spatial_scale=(0.15, 0.15)),
+    )
+
+
+class PerModality(Section):
+    video: Annotated[float, Field(ge=0.0)] = 0.5
+    image: Annotated[float, Field(ge=0.0)] = 0.5
+
+
+class Ramp(Section):
+    """Context weight: 0 up to `start`, linear to its full value at `end`."""
+
+    start: Duration = 15_000
+    end: Duration = 30_000
+
+
+class Objective(Section):
+    """`dense` supervises context tokens too, `deep` all levels; both off is V-JEPA 2."""
+
+    dense: bool = True
+    deep: bool = True
+    level_weights: tuple[Annotated[float, Field(ge=0.0)], ...] | None = None
+    context_weight: PerModality = PerModality()
+    ramp: Ramp | None = Ramp()
+    distance_weights: bool = True
+    offset: bool = False
+    loss_exp: Annotated[float, Field(gt=0.0)] = 1.0
+    normalize_predictor: bool = False
+
+
+class Ema(Section):
+    """Momentum of the target encoder, or the half-life it stands for; linear to `final_momentum`."""
+
+    momentum: Annotated[float, Field(ge=0.0, le=1.0)] | None = 0.99925
+    final_momentum: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    half_life: Duration | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Ema":
+        if (self.momentum is None) == (self.half_life is None):
+            raise ValueError("give one of momentum and half_life, and null for the other")
+        return self
+
+
+class Optim(Section):
+    """AdamW. `horizon` is the step at which cosine or linear decay reaches `final_lr`."""
+
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    start_lr: Annotated[float, Field(ge=0.0)] = 1e-4
+    lr: Annotated[float, Field(gt=0.0)] = 5.25e-4
+    final_lr: Annotated[float, Field(ge=0.0)] = 1e-6
+    warmup: Duration = 12_000
+    horizon: Duration = "100%"
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.04
+    final_weight_decay: Annotated[float, Field(ge=0.0)] | None = None
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    clip: Annotated[float, Field(gt=0.0)] | None = None
+    accumulate: Positive = 1
+    ema: Ema = Ema()
+
+
+class Guard(Section):
+    """Skip a step whose loss is not finite, or above mean + `sigma` std of the last `window`."""
+
+    sigma: Annotated[float, Field(gt=0.0)] | None = None
+    window: Annotated[int, Field(ge=4)] = 300
+    start: Duration = 15_000
+    max_skips: Positive = 10
+
+
+class Train(Section):
+    steps: Positive = 135_000
+    log_every: Positive = 10
+    checkpoint_every: Positive = 1000
+    keep_checkpoints: Positive = 3
+    init_from: Path | None = None
+
+
+class Engine(Section):
+    kind: Literal["torch"] = "torch"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    threads: Positive | None = None
+
+
+class Observe(Section):
+    wandb: bool = False
+    wandb_project: str = "fastjepa"
+    pictures: bool = True
+
+
+class Recipe(Section):
+    """Everything a run needs; `fastjepa config show` prints what follows from it."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    masks: Masks = Masks()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    guard: Guard = Guard()
+    train: Train = Train()
+    engine: Engine = Engine()
+    observe: Observe = Observe()
