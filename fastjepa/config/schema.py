@@ -1,6 +1,6 @@
 """What a recipe may say: typed, frozen, unknown keys refused. Values in, no behaviour.
 
-Durations are whole steps (`15000`) or a share of the run (`5%`); `Resolved` in resolve.py turns them into steps.
+Durations are whole steps (`15000`) or a share of the run (`5%`); resolve.py turns them into steps.
 Defaults are the released V-JEPA 2.1 pretraining (paper section 4 and the released configuration).
 """
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class Section(BaseModel):
     """A part of the recipe: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _duration(value: object) -> object:
@@ -88,6 +88,18 @@ class Source(Section):
     weight: Annotated[float, Field(gt=0.0)] = 1.0
 
 
+def _sources(value: object) -> object:
+    """One path, or a list of paths and sources, for a list of sources."""
+    if isinstance(value, str):
+        value = (value,)
+    if isinstance(value, list | tuple):
+        return tuple({"path": entry} if isinstance(entry, str) else entry for entry in value)
+    return value
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources)]
+
+
 class Augment(Section):
     scale: Range = (0.3, 1.0)
     aspect: Range = (0.75, 1.35)
@@ -101,8 +113,8 @@ class Augment(Section):
 
 
 class Data(Section):
-    video: tuple[Source, ...] = ()
-    image: tuple[Source, ...] = ()
+    video: Sources = ()
+    image: Sources = ()
     frames: Positive = 16
     fps: Annotated[float, Field(gt=0.0)] = 4.0
     crop: Positive = 256
@@ -118,7 +130,7 @@ class Data(Section):
 
 
 class MaskGroup(Section):
-    """One way to split a clip's tokens into context and predicted (paper section 3, multi-block)."""
+    """One way to split a clip's tokens into context and predicted (paper section 3)."""
 
     num_blocks: Positive
     spatial_scale: Range
@@ -177,11 +189,19 @@ class Objective(Section):
 
 
 class Ema(Section):
-    """Momentum of the target encoder, or the half-life it stands for; linear to `final_momentum`."""
+    """Momentum of the target encoder, or the half-life it stands for; linear to the final one."""
 
     momentum: Annotated[float, Field(ge=0.0, le=1.0)] | None = 0.99925
     final_momentum: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     half_life: Duration | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _half_life_alone(cls, value: object) -> object:
+        """A half-life given by itself replaces the default momentum."""
+        if isinstance(value, dict) and value.get("half_life") is not None:
+            return {"momentum": None, **value}
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> "Ema":

@@ -1,0 +1,304 @@
+"""Every number that follows from a recipe, worked out once; what cannot work is refused here.
+
+resolved = resolve(load_recipe("configs/demo.yaml"))
+resolved.video.grid, resolved.encoder.levels, resolved.warmup
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from fastjepa.config.errors import RecipeError
+from fastjepa.config.schema import Data, Duration, MaskGroup, Model, Objective, Optim, Recipe
+from fastjepa.model.presets import PRESETS, EncoderSize, default_levels
+
+SMALLEST_HEAD = 6  # three axes of at least one rotated pair of channels each (SPEC section 2)
+
+
+@dataclass(frozen=True)
+class PredictorSize:
+    """Shape of the predictor."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One modality as the model sees it: clips of `frames` x `crop` x `crop` pixels in tokens.
+
+    `grid` is (T', H', W'), `tokens` their product, `clips` the batch of one forward, `share`
+    the modality's weight in an update, `context_weight` the final lambda of its context loss.
+    """
+
+    frames: int
+    crop: int
+    grid: tuple[int, int, int]
+    tokens: int
+    clips: int
+    share: float
+    context_weight: float
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a recipe comes to. Steps are optimizer steps; None for a modality without data.
+
+    `encoder.levels` are the supervised blocks (0-based) and `level_weights` their weights, sum 1.
+    `clips_per_step` counts clips and images, on average where steps alternate. `ramp` is (start,
+    end) or None for a constant context weight. `notes` are sentences on keys without effect.
+    """
+
+    encoder: EncoderSize
+    predictor: PredictorSize
+    level_weights: tuple[float, ...]
+    video: Stream | None
+    image: Stream | None
+    image_share: float
+    clips_per_step: float
+    steps: int
+    warmup: int
+    horizon: int
+    ramp: tuple[int, int] | None
+    guard_start: int
+    momentum: float
+    final_momentum: float
+    notes: tuple[str, ...]
+
+
+def resolve(recipe: Recipe) -> Resolved:
+    """All derived numbers of `recipe`.
+
+    Raises RecipeError naming key, value and what fits where its values do not go together.
+    """
+    data, steps = recipe.data, recipe.train.steps
+    encoder = _encoder(recipe.model, recipe.objective.deep)
+    predictor = _predictor(recipe.model)
+    share = _image_share(data)
+    video, image = _streams(recipe, share)
+    _check_masks(recipe, video, image)
+    warmup, horizon = _learning_rate(recipe.optim, steps)
+    momentum = _momentum(recipe.optim, steps)
+    final_momentum = recipe.optim.ema.final_momentum
+    streams = [stream for stream in (video, image) if stream]
+    alternate = data.mix == "alternate"
+    clips = math.fsum(s.clips * (s.share if alternate else 1.0) for s in streams)
+    resolved = Resolved(
+        encoder=encoder,
+        predictor=predictor,
+        level_weights=_level_weights(recipe.objective, len(encoder.levels)),
+        video=video,
+        image=image,
+        image_share=share,
+        clips_per_step=clips * recipe.optim.accumulate,
+        steps=steps,
+        warmup=warmup,
+        horizon=horizon,
+        ramp=_ramp(recipe.objective, steps),
+        guard_start=in_steps(recipe.guard.start, steps),
+        momentum=momentum,
+        final_momentum=momentum if final_momentum is None else final_momentum,
+        notes=(),
+    )
+    return replace(resolved, notes=tuple(_notes(recipe, resolved)))
+
+
+def in_steps(duration: Duration, steps: int) -> int:
+    """Whole steps of a duration: itself, or a share (`5%`) of a run of `steps`, rounded."""
+    if isinstance(duration, int):
+        return duration
+    return round(float(duration.removesuffix("%")) / 100.0 * steps)
+
+
+def _encoder(model: Model, deep: bool) -> EncoderSize:
+    preset = PRESETS[model.name]
+    width, depth = model.width or preset.width, model.depth or preset.depth
+    heads = model.heads or preset.heads
+    _check_heads("model", width, heads)
+    levels = model.levels if model.levels is not None else default_levels(depth)
+    if not levels or list(levels) != sorted(set(levels)) or levels[0] < 0:
+        raise RecipeError(
+            f"model.levels: {list(levels)} does not fit; expected block indices from 0 "
+            f"in rising order, for example {list(default_levels(depth))}"
+        )
+    if levels[-1] != depth - 1:
+        raise RecipeError(
+            f"model.levels: {list(levels)} does not end with {depth - 1}, "
+            f"the last of {depth} blocks, whose norm gives the features"
+        )
+    return EncoderSize(
+        width=width,
+        depth=depth,
+        heads=heads,
+        mlp_width=model.mlp_width or width * preset.mlp_width // preset.width,
+        levels=levels if deep else levels[-1:],
+    )
+
+
+def _predictor(model: Model) -> PredictorSize:
+    size = model.predictor
+    _check_heads("model.predictor", size.width, size.heads)
+    return PredictorSize(size.width, size.depth, size.heads, 4 * size.width)
+
+
+def _check_heads(section: str, width: int, heads: int) -> None:
+    if width % heads:
+        wide = range(SMALLEST_HEAD, width + 1, 2)
+        near = sorted(
+            (width // channels for channels in wide if width % channels == 0),
+            key=lambda count: abs(count - heads),
+        )
+        fits = " or ".join(map(str, sorted(near[:2]))) or "another width"
+        raise RecipeError(
+            f"{section}.heads: {heads} do not divide a width of {width}; {fits} would"
+        )
+    if width // heads % 2 or width // heads < SMALLEST_HEAD:
+        raise RecipeError(
+            f"{section}.heads: {heads} heads of a width of {width} have "
+            f"{width // heads} channels each; expected an even number of at least {SMALLEST_HEAD}"
+        )
+
+
+def _level_weights(objective: Objective, count: int) -> tuple[float, ...]:
+    weights = objective.level_weights
+    if weights is None:
+        return (1.0 / count,) * count
+    if len(weights) != count or not any(weights):
+        raise RecipeError(
+            f"objective.level_weights: {list(weights)} does not fit; "
+            f"expected {count} weights, one for each supervised level, not all zero"
+        )
+    total = math.fsum(weights)
+    return tuple(weight / total for weight in weights)
+
+
+def _image_share(data: Data) -> float:
+    """Share of images in an update: as given, or 0 or 1 when only one modality has data."""
+    if not data.video and not data.image:
+        raise RecipeError(
+            "data.video: no data: data.video and data.image are both empty; give a path to one"
+        )
+    if not data.image:
+        return 0.0
+    return data.image_share if data.video else 1.0
+
+
+def _streams(recipe: Recipe, image_share: float) -> tuple[Stream | None, Stream | None]:
+    data, patch, tubelet = recipe.data, recipe.model.patch, recipe.model.tubelet
+    _check_multiple("data.frames", data.frames, "model.tubelet", tubelet)
+    _check_multiple("data.crop", data.crop, "model.patch", patch)
+    if data.image_crop is not None:
+        _check_multiple("data.image_crop", data.image_crop, "model.patch", patch)
+    if data.frames == 1 and image_share < 1.0:
+        raise RecipeError("data.frames: 1 is an image to the tokenizer; expected at least 2")
+
+    def stream(frames: int, time: int, crop: int, clips: int, share: float, lamb: float) -> Stream:
+        grid = (time, crop // patch, crop // patch)
+        context_weight = lamb if recipe.objective.dense else 0.0
+        return Stream(frames, crop, grid, math.prod(grid), clips, share, context_weight)
+
+    weight = recipe.objective.context_weight
+    video = image = None
+    if image_share < 1.0:
+        time, share = data.frames // tubelet, 1.0 - image_share
+        video = stream(data.frames, time, data.crop, data.batch, share, weight.video)
+    if image_share > 0.0:
+        crop = data.crop if data.image_crop is None else data.image_crop
+        image = stream(1, 1, crop, data.image_batch, image_share, weight.image)
+    return video, image
+
+
+def _check_multiple(key: str, value: int, of_key: str, of: int) -> None:
+    if value % of:
+        below = value // of * of
+        fits = f"{below} or {below + of}" if below else f"{of}"
+        raise RecipeError(f"{key}: {value} is no multiple of {of_key} {of}; {fits} would be")
+
+
+def _check_masks(recipe: Recipe, video: Stream | None, image: Stream | None) -> None:
+    if video:
+        for index, group in enumerate(recipe.masks.video):
+            _check_group(f"masks.video.{index}", group, video.grid)
+    if image:
+        for index, group in enumerate(recipe.masks.image):
+            _check_group(f"masks.image.{index}", group, image.grid)
+
+
+def _check_group(key: str, group: MaskGroup, grid: tuple[int, int, int]) -> None:
+    time, height, width = grid
+    if int(height * width * group.spatial_scale[0]) < 1:
+        raise RecipeError(
+            f"{key}.spatial_scale: {list(group.spatial_scale)} of {height}x{width} tokens "
+            f"can be none; expected at least {1 / (height * width):.3g}"
+        )
+    if int(time * group.max_temporal_keep) < 1:
+        raise RecipeError(
+            f"{key}.max_temporal_keep: {group.max_temporal_keep} of {time} steps in time "
+            f"keeps none; expected at least {1 / time:.3g}"
+        )
+
+
+def _ramp(objective: Objective, steps: int) -> tuple[int, int] | None:
+    if objective.ramp is None or not objective.dense:
+        return None
+    start, end = in_steps(objective.ramp.start, steps), in_steps(objective.ramp.end, steps)
+    if end < start:
+        raise RecipeError(
+            f"objective.ramp.end: {objective.ramp.end} is step {end}, "
+            f"expected a step from objective.ramp.start's {start}"
+        )
+    return start, end
+
+
+def _learning_rate(optim: Optim, steps: int) -> tuple[int, int]:
+    """Steps of warm-up, and the step where the decay ends."""
+    warmup, horizon = in_steps(optim.warmup, steps), in_steps(optim.horizon, steps)
+    if warmup > steps:
+        raise RecipeError(
+            f"optim.warmup: {optim.warmup} is longer than the run; "
+            f"expected at most train.steps {steps}, or a share such as 10%"
+        )
+    if horizon <= warmup and optim.schedule != "constant":
+        raise RecipeError(
+            f"optim.horizon: {optim.horizon} is step {horizon}, "
+            f"expected a step after optim.warmup's end at {warmup}"
+        )
+    if horizon < 1:
+        raise RecipeError(
+            f"optim.horizon: {optim.horizon} is no step of {steps}; expected at least 1"
+        )
+    return warmup, horizon
+
+
+def _momentum(optim: Optim, steps: int) -> float:
+    ema = optim.ema
+    if ema.half_life is None:
+        assert ema.momentum is not None
+        return ema.momentum
+    half_life = in_steps(ema.half_life, steps)
+    if half_life < 1:
+        raise RecipeError(
+            f"optim.ema.half_life: {ema.half_life} is no step of {steps}; expected at least 1"
+        )
+    return float(0.5 ** (1.0 / half_life))
+
+
+def _notes(recipe: Recipe, resolved: Resolved) -> Iterator[str]:
+    data, steps = recipe.data, resolved.steps
+    if not data.image or not data.video:
+        only, other = ("images", "data.video") if data.image else ("videos", "data.image")
+        yield f"only {only}: {other} is empty, so data.image_share has no effect"
+    elif resolved.video is None or resolved.image is None:
+        unread = "data.video" if resolved.video is None else "data.image"
+        yield f"{unread} is not read: data.image_share is {data.image_share:g}"
+    if resolved.ramp and resolved.ramp[1] > steps:
+        reached = "starts" if resolved.ramp[0] >= steps else "is full"
+        at = resolved.ramp[0] if resolved.ramp[0] >= steps else resolved.ramp[1]
+        yield f"the context loss never {reached}: objective.ramp is at step {at} of {steps}"
+    if recipe.guard.sigma is not None and resolved.guard_start >= steps:
+        yield f"the guard's sigma never acts: guard.start is step {resolved.guard_start} of {steps}"
+    if recipe.train.checkpoint_every > steps:
+        every = recipe.train.checkpoint_every
+        yield f"one checkpoint, at the end: train.checkpoint_every is {every} of {steps} steps"
