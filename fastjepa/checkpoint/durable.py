@@ -1,0 +1,41 @@
+"""Writing so that a crash, at any moment, leaves the old content or the new, never half of one."""
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Give a finished temporary file its name, over an older file too. Raises OSError."""
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target`, swapped in one move. Raises OSError."""
+    temporary = link.with_name(f".tmp-{link.name}-{os.getpid()}")
+    try:
+        temporary.symlink_to(target)
+        os.replace(temporary, link)
+        sync(link.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
