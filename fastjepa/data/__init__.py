@@ -1,0 +1,1 @@
+"""Files to clips: manifest -> clip plan -> decoder -> augment -> batches, in that order."""

@@ -1,0 +1,266 @@
+"""Video clips by PyAV (FFmpeg) on the CPU: frames picked by timestamp, upright, RGB.
+
+Times count from the start of the stream. The frame of time t is the one on screen at t: the last
+whose timestamp is not later. So variable frame rates need no special care, and a time after the end
+shows the last frame.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import av
+import numpy as np
+from av.buffer import Buffer
+from av.container import InputContainer
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from fastjepa.data.decoder import MAX_PIXELS, DecodeError, Frame, FrameTransform, check_size
+
+# Files may be named by strangers: nothing but local files is opened, whatever a playlist inside one
+# asks for.
+_OPTIONS = {"protocol_whitelist": "file"}
+# Seconds to go back when the keyframe found lies after the wanted time (open GOPs, coarse indexes).
+_SEEK_MARGINS = (0.0, 2.0, 10.0)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A decoded frame and when it is shown, in seconds from the start of the stream."""
+
+    time: float
+    end: float
+    frame: VideoFrame
+
+
+def decode_clip(
+    path: str,
+    start_fraction: float,
+    frames: int,
+    fps: float,
+    transform: FrameTransform | None = None,
+) -> NDArray[Any]:
+    """Read `frames` frames, 1/fps s apart: uint8 [T, H, W, 3], or `transform` of each, stacked.
+
+    `start_fraction` in [0, 1) places the clip (frames/fps seconds long) between the file's start
+    and end; a file shorter than the clip is read from its start, and its last frame repeated. Each
+    frame is turned as the file's display matrix says and given to `transform` as uint8 [H, W, 3] at
+    once, so big frames do not pile up.
+
+    Where a file holds less than its header says (cut off in transfer), the clip is placed in what
+    is there; frames that do not decode are never replaced by others. Raises DecodeError when there
+    is no such clip.
+    """
+    read = partial(
+        _read_clip, path, start_fraction=start_fraction, frames=frames, fps=fps, transform=transform
+    )
+    try:
+        with _open(path) as container:
+            length = _header_length(container, _video_stream(container, path))
+            clip = None if length is None else read(container, length=length)
+        if clip is None:
+            length = _measured_length(path)
+            with _open(path) as container:
+                clip = read(container, length=length)
+    except av.FFmpegError as error:
+        raise DecodeError(path, f"cannot be decoded ({error.strerror})") from None
+    if clip is None:
+        raise DecodeError(path, f"frames are missing within its {length:.2f} s")
+    return clip
+
+
+def _open(path: str) -> InputContainer:
+    """Open without reading a colon in the name as a protocol's."""
+    try:
+        return av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
+    except av.FFmpegError as error:
+        reason = f"cannot be opened ({error.strerror})"
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            reason = "the file is empty"
+        raise DecodeError(path, reason, whole_file=True) from None
+
+
+def _video_stream(container: InputContainer, path: str) -> VideoStream:
+    """The first video stream that is not a cover picture, ready to decode with one thread."""
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            break
+    else:
+        found = ", ".join(sorted({stream.type for stream in container.streams})) or "none"
+        raise DecodeError(path, f"no video stream (streams: {found})", whole_file=True)
+    if stream.codec_context is None:
+        raise DecodeError(path, "no decoder for its video codec", whole_file=True)
+    check_size(path, stream.codec_context.height, stream.codec_context.width)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+def _header_length(container: InputContainer, stream: VideoStream) -> float | None:
+    """Seconds of video by the header, or None where it does not say."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / av.time_base
+
+
+def _measured_length(path: str) -> float:
+    """Seconds of video by the packets that are there; nothing is decoded."""
+    with _open(path) as container:
+        stream = _video_stream(container, path)
+        tick, start = _tick(stream), stream.start_time or 0
+        end = 0.0
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_corrupt:
+                    begin = end if packet.pts is None else (packet.pts - start) * tick
+                    end = max(end, begin + (packet.duration or 0) * tick)
+        except av.FFmpegError:
+            pass  # what was read before the broken place still counts
+    if end <= 0.0:
+        raise DecodeError(path, "holds no video frame", whole_file=True)
+    return end
+
+
+def _read_clip(
+    path: str,
+    container: InputContainer,
+    *,
+    length: float,
+    start_fraction: float,
+    frames: int,
+    fps: float,
+    transform: FrameTransform | None,
+) -> NDArray[Any] | None:
+    """The clip placed in `length` seconds, or None when the frames end before the clip does."""
+    start = start_fraction * max(0.0, length - frames / fps)
+    times = [start + i / fps for i in range(frames)]
+    picture = _Picture(path, transform)
+    picked: list[NDArray[Any]] = []
+    last: _Shown | None = None
+    for shown in _frames_around(path, container, start):
+        while last and len(picked) < frames and times[len(picked)] < shown.time:
+            picked.append(picture.of(last))
+        if len(picked) == frames:
+            break
+        last = shown
+    else:
+        # At the end of the stream its last frame stays, for at most one frame of the clip
+        # unless the file itself is over.
+        if last is None or last.end + 1.0 / fps < min(times[-1], length):
+            return None
+        picked.extend(picture.of(last) for _ in range(frames - len(picked)))
+    return np.stack(picked)
+
+
+def _frames_around(path: str, container: InputContainer, time: float) -> Iterator[_Shown]:
+    """Frames in order of time, from one shown at `time` or before (or the first) to the last.
+
+    `container` stands at its start.
+    """
+    stream = _video_stream(container, path)
+    if time <= 0.0 or stream.start_time is None:
+        yield from _decode(container, stream, after_seek=False)
+        return
+    for margin in _SEEK_MARGINS:
+        offset = stream.start_time + int(max(0.0, time - margin) / _tick(stream))
+        try:
+            container.seek(offset, stream=stream)
+        except av.FFmpegError:
+            break
+        shown = _decode(container, stream, after_seek=True)
+        first = next(shown, None)
+        if first is not None and first.time <= time:
+            yield first
+            yield from shown
+            return
+    with _open(path) as fresh:
+        yield from _decode(fresh, _video_stream(fresh, path), after_seek=False)
+
+
+def _decode(
+    container: InputContainer, stream: VideoStream, *, after_seek: bool
+) -> Iterator[_Shown]:
+    """Decode on from where the container stands.
+
+    After a seek, frames before the keyframe are left out: they need frames that were not read (open
+    GOP).
+    """
+    tick, start = _tick(stream), stream.start_time or 0
+    # Timestamps are rounded to ticks (1 ms in Matroska): a frame may be marked up to half a tick
+    # late.
+    slack = min(tick / 2.0, 0.0005) + 1e-6
+    rate = stream.average_rate or stream.guessed_rate
+    usual = float(1 / rate) if rate else 0.04
+    first = None
+    end = 0.0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            continue
+        if first is None and packet.is_keyframe:
+            first = packet.pts
+        for frame in packet.decode():
+            if frame.is_corrupt or (after_seek and _before(frame, first)):
+                continue
+            pts = frame.dts if frame.pts is None else frame.pts
+            time = end if pts is None else (pts - start) * tick
+            end = time + (frame.duration * tick if frame.duration else usual)
+            yield _Shown(time - slack, end, frame)
+
+
+def _before(frame: VideoFrame, first: int | None) -> bool:
+    return first is None or (frame.pts is not None and frame.pts < first)
+
+
+def _tick(stream: VideoStream) -> float:
+    """Seconds in one unit of the stream's timestamps."""
+    assert stream.time_base is not None
+    return float(stream.time_base)
+
+
+class _Picture:
+    """Frames to arrays, all of the first one's size; a frame picked again is converted once."""
+
+    def __init__(self, path: str, transform: FrameTransform | None) -> None:
+        self._path = path
+        self._transform = transform
+        self._reformatter = VideoReformatter()
+        self._size: tuple[int, int] | None = None
+        self._latest: tuple[VideoFrame, NDArray[Any]] | None = None
+
+    def of(self, shown: _Shown) -> NDArray[Any]:
+        frame = shown.frame
+        if self._latest is None or self._latest[0] is not frame:
+            if self._size is None:
+                check_size(self._path, frame.height, frame.width)
+                self._size = (frame.height, frame.width)
+            height, width = self._size
+            rgb = self._reformatter.reformat(
+                frame, width=width, height=height, format="rgb24", threads=1
+            )
+            upright = _turn(np.asarray(rgb.to_ndarray()), frame)
+            array = upright if self._transform is None else self._transform(upright)
+            self._latest = (frame, array)
+        return self._latest[1]
+
+
+def _turn(picture: Frame, frame: VideoFrame) -> Frame:
+    """Apply the display matrix, to the nearest quarter turn, mirrored or not.
+
+    The matrix maps a decoded pixel to its place on screen: x' = a x + c y, y' = b x + d y.
+    """
+    data = cast(Mapping[Type, Buffer], frame.side_data).get(Type.DISPLAYMATRIX)
+    if data is None:
+        return picture
+    matrix = np.frombuffer(bytes(data), np.int32)
+    a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
+    if abs(b) > abs(a):
+        picture = picture.transpose(1, 0, 2)
+        a, d = c, b
+    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
