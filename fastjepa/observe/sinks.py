@@ -158,7 +158,7 @@ class Sinks:
         name: str | None = None,
         config: Mapping[str, object] | None = None,
     ) -> "Sinks":
-        """Open metrics.jsonl and tensorboard/ in `folder` and, given a project, Weights & Biases."""
+        """Open metrics.jsonl, tensorboard/ in `folder` and, given a project, Weights & Biases."""
         sinks: list[Sink] = [
             JsonlSink(folder / "metrics.jsonl", done),
             TensorBoardSink(folder / "tensorboard", done),
