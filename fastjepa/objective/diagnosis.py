@@ -15,7 +15,8 @@ from statistics import median
 class Thresholds:
     """When `diagnose` speaks. Counts are logged steps; shares are between medians of `recent` ones.
 
-    They are chosen to stay silent on ordinary runs, not measured on a set of failed ones.
+    They are chosen to stay silent on ordinary runs, not measured on a set of failed ones. Raises
+    ValueError unless 1 <= recent < window.
     """
 
     recent: int = 5
@@ -27,6 +28,13 @@ class Thresholds:
     drop_share: float = 0.7
     gradient_factor: float = 10.0
     drift_floor: float = 1e-7
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.recent < self.window:
+            raise ValueError(
+                f"thresholds: expected 1 <= recent < window, got recent {self.recent} and "
+                f"window {self.window}"
+            )
 
 
 DEFAULT_THRESHOLDS = Thresholds()
@@ -118,7 +126,8 @@ def _collapse(start: History, now: History, limits: Thresholds) -> dict[str, str
         elif last < limits.rank_share * first:
             found[key] = (
                 f"effective rank of {_place(key)} fell to {last:.0f} from {first:.0f} at the "
-                "start: the features use ever fewer directions; raise the EMA momentum or lower the lr"
+                "start: the features use ever fewer directions; raise the EMA momentum or lower "
+                "the lr"
             )
     for key in _levels(now, "target_std"):
         last = _median(now, key)

@@ -51,12 +51,12 @@ def target_drift(current: Tensor, reference: Tensor) -> Tensor:
             f"target_drift: current {tuple(current.shape)} and reference "
             f"{tuple(reference.shape)} differ in shape"
         )
-    moved = torch.linalg.vector_norm(current.float() - reference.float())
-    return moved / torch.linalg.vector_norm(reference.float()).clamp_min(1e-12)
+    moved: Tensor = torch.linalg.vector_norm(current.float() - reference.float())
+    length: Tensor = torch.linalg.vector_norm(reference.float())
+    return moved / length.clamp_min(1e-12)
 
 
-# Tried in order: `predictor.img_mod_embed` is the predictor's, a bare `img_mod_embed` the
-# encoder's.
+# Tried in order: `predictor.img_mod_embed` is the predictor's, a bare `img_mod_embed` is not.
 _PARTS = (
     ("predictor_blocks", ("predictor_blocks.",)),
     (

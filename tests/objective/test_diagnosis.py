@@ -146,6 +146,11 @@ def test_thresholds_move_the_line() -> None:
     assert len(diagnose(run, Thresholds(std_share=0.9))) == 2
 
 
+def test_thresholds_need_something_to_compare_with() -> None:
+    with pytest.raises(ValueError, match="recent < window"):
+        Thresholds(recent=30)
+
+
 def test_a_watch_speaks_once_and_again_after_a_recovery() -> None:
     run = ending(healthy(), 60, grad_norm=1.0)
     for row in [*run[40:48], *run[80:88]]:
