@@ -294,7 +294,7 @@ def _notes(recipe: Recipe, resolved: Resolved) -> Iterator[str]:
         unread = "data.video" if resolved.video is None else "data.image"
         yield f"{unread} is not read: data.image_share is {data.image_share:g}"
     if resolved.ramp and resolved.ramp[1] > steps:
-        reached = "starts" if resolved.ramp[0] >= steps else "is full"
+        reached = "starts" if resolved.ramp[0] >= steps else "has its full weight"
         at = resolved.ramp[0] if resolved.ramp[0] >= steps else resolved.ramp[1]
         yield f"the context loss never {reached}: objective.ramp is at step {at} of {steps}"
     if recipe.guard.sigma is not None and resolved.guard_start >= steps:
