@@ -1,0 +1,239 @@
+"""Batches by number, made ahead in worker processes; a step is an index, so no order is saved.
+
+    loader = Loader(datasets=[(read_manifest("clips/"), 1.0)], batch=4, frames=16, fps=4.0,
+    crop=256,
+                    scale=(0.3, 1.0), aspect=(0.75, 1.35), flip=0.5, seed=0, workers=2)
+    for batch in loader.batches(0, 100): ...
+
+Workers are spawned, not forked: the trainer runs threads and perhaps CUDA. They form process groups
+of their own, so that Ctrl-C or a job's SIGTERM reaches the trainer alone, which still gets its last
+batches; and they end themselves when the trainer is gone, however it went.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import GEN_CLOSED, getgeneratorstate
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastjepa.data.batch import Batch
+from fastjepa.data.clip_source import ClipSource
+from fastjepa.data.decoder import ClipDecoder
+from fastjepa.data.manifest import Entry
+from fastjepa.data.media import decode_media
+from fastjepa.data.mixture import Mixture
+from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
+
+_TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process ended by itself, most often killed for want of memory."""
+
+
+class Loader:
+    """Clips of all steps, drawn from data sets by weight; a batch is pure in arguments and step.
+
+    `datasets` pairs manifests with weights; `batch` clips of `frames` frames at `fps`, cropped to
+    `crop` pixels (`scale`, `aspect`, `flip`: see `plan_clip`). `stream` sets apart loaders of one
+    seed. `workers` processes (0: in this one) each hold up to `prefetch` batches ready.
+    `extras(step)` is called in the worker, must be picklable, and its result travels as
+    `Batch.extras`. Pinned memory is used where there is an accelerator. Raises ValueError for an
+    argument that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        datasets: Sequence[tuple[Sequence[Entry], float]],
+        batch: int,
+        frames: int,
+        fps: float,
+        crop: int,
+        scale: tuple[float, float],
+        aspect: tuple[float, float],
+        flip: float,
+        seed: int,
+        stream: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        workers: int = 0,
+        prefetch: int = 2,
+        max_bad_share: float = 0.5,
+        extras: Callable[[int], object] | None = None,
+        pin_memory: bool = False,
+        decoder: ClipDecoder = decode_media,
+    ) -> None:
+        _check(batch=batch, frames=frames, fps=fps, crop=crop, prefetch=prefetch)
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank}, expected 0 to ranks - 1 = {ranks - 1}")
+        if not (0 <= seed < 2**64 and 0 <= stream < 2**64):
+            raise ValueError(f"seed is {seed} and stream {stream}, expected 0 to 2**64 - 1")
+        if workers < 0:
+            raise ValueError(f"workers is {workers}, expected 0 or more")
+        if not 0.0 < scale[0] <= scale[1] <= 1.0:
+            raise ValueError(f"scale is {scale}, expected 0 < low <= high <= 1")
+        if not 0.0 < aspect[0] <= aspect[1]:
+            raise ValueError(f"aspect is {aspect}, expected 0 < low <= high")
+        mixture = Mixture(datasets)
+        self.num_files = mixture.num_files
+        self._source = ClipSource(
+            mixture=mixture,
+            decoder=decoder,
+            batch=batch,
+            frames=frames,
+            fps=fps,
+            crop=crop,
+            scale=scale,
+            aspect=aspect,
+            flip=flip,
+            seed=seed,
+            stream=stream,
+            rank=rank,
+            ranks=ranks,
+            extras=extras,
+        )
+        self._workers = workers
+        self._prefetch = prefetch
+        self._pin_memory = pin_memory and torch.accelerator.is_available()
+        self._max_bad_share = max_bad_share
+        self._running: list[Generator[Batch, None, None]] = []
+        self._quarantine = Quarantine(None, max_bad_share, mixture.num_files)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yield the batches of the steps start..stop-1, in order.
+
+        Raises TooManyBadFiles when more than `max_bad_share` of the files were bad so far (the
+        batch that showed it is still yielded) or a sample found none to read, and WorkerDiedError.
+        """
+        running = self._checked(start, stop)
+        self._running = [one for one in self._running if getgeneratorstate(one) != GEN_CLOSED]
+        self._running.append(running)
+        return running
+
+    def close(self) -> None:
+        """End the iterators that are under way, and their workers."""
+        while self._running:
+            self._running.pop().close()
+
+    def _checked(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        made = self._in_workers(start, stop) if self._workers else self._in_process(start, stop)
+        try:
+            for batch in made:
+                excess = self._note(batch)
+                yield batch
+                if excess is not None:
+                    raise excess
+        finally:
+            made.close()
+
+    def _note(self, batch: Batch) -> TooManyBadFiles | None:
+        try:
+            self._quarantine.add(batch.bad)
+        except TooManyBadFiles as error:
+            return error
+        return None
+
+    def _in_process(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        for step in range(start, stop):
+            batch = self._source[step]
+            yield batch._replace(clip=batch.clip.pin_memory()) if self._pin_memory else batch
+
+    def _in_workers(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        loader: DataLoader[Any] = DataLoader(
+            cast(Dataset[Any], _Answers(self._source)),
+            sampler=range(start, stop),
+            batch_size=None,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch,
+            collate_fn=_as_it_is,
+            pin_memory=self._pin_memory,
+            worker_init_fn=_settle_in,
+            multiprocessing_context=multiprocessing.get_context("spawn"),
+            generator=torch.Generator(),  # its own: the run's random numbers stay untouched
+        )
+        with _signals_held_back():
+            answers = cast(Any, iter(loader))
+        try:
+            for _ in range(start, stop):
+                answer = _next_answer(answers)
+                if isinstance(answer, TooManyBadFiles):
+                    raise answer
+                yield answer
+        finally:
+            answers._shutdown_workers()
+
+
+class _Answers:
+    """A source that returns its complaint: one raised in a worker arrives buried in a traceback."""
+
+    def __init__(self, source: ClipSource) -> None:
+        self._source = source
+
+    def __getitem__(self, step: int) -> Batch | TooManyBadFiles:
+        try:
+            return self._source[step]
+        except TooManyBadFiles as error:
+            return error
+
+
+def _next_answer(answers: Any) -> Batch | TooManyBadFiles:
+    try:
+        return cast(Batch | TooManyBadFiles, next(answers))
+    except (RuntimeError, OSError, EOFError) as error:
+        dead = [worker for worker in answers._workers if not worker.is_alive()]
+        if not dead:
+            raise
+        ends = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in dead)
+        raise WorkerDiedError(
+            f"data worker {ends} ended while batches were being made; -9 or -7 mostly means that "
+            "memory or /dev/shm ran out: use fewer workers, less prefetch or a smaller batch"
+        ) from error
+
+
+def _as_it_is(answer: object) -> object:
+    return answer
+
+
+def _settle_in(worker: int) -> None:
+    """First thing in a worker: leave signals to the trainer, and never outlive it."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Start workers in here: they inherit blocked signals, and torch's SIGCHLD handler is undone.
+
+    That handler would raise a worker's death in the middle of a training step or a checkpoint;
+    without it the death shows where the next batch is asked for.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _check(**positive: float) -> None:
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}, expected more than 0")

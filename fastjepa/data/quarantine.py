@@ -1,0 +1,104 @@
+"""Files that could not be read: each named once in a JSONL file, and a stop at too many.
+
+The trainer gives it every batch's `bad`. Lines are `{"path", "reason", "time"}`; a restarted run
+reads them back, so that a file is counted once however often it fails.
+"""
+
+import json
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+BadFile = tuple[str, str]
+
+
+class TooManyBadFiles(ValueError):  # noqa: N818 (named after the state it reports)
+    """More files than allowed could not be read. `bad` holds (path, reason) of those just met."""
+
+    def __init__(self, message: str, bad: Iterable[BadFile] = ()) -> None:
+        super().__init__(message)
+        self.bad = list(bad)
+
+
+class Quarantine:
+    """The bad files of a run, on disk at `path`, or in memory only when it is None.
+
+    `total` files are in the manifest; more than `max_bad_share` of them may not be bad. Raises
+    ValueError for a share outside [0, 1] or a quarantine file that is not one.
+    """
+
+    def __init__(self, path: Path | str | None, max_bad_share: float, total: int) -> None:
+        if not 0.0 <= max_bad_share <= 1.0:
+            raise ValueError(f"max_bad_share is {max_bad_share}, expected a share from 0 to 1")
+        if total < 1:
+            raise ValueError(f"total is {total}, expected the number of files, at least 1")
+        self._path = None if path is None else Path(path)
+        self._max_bad_share = max_bad_share
+        self._total = total
+        self._reasons: dict[str, str] = {}
+        if self._path is not None and self._path.exists():
+            self._reasons = _read(self._path)
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def add(self, bad: Iterable[BadFile]) -> list[BadFile]:
+        """Note (path, reason) pairs and return those that are new.
+
+        Raises TooManyBadFiles, after they are written, when new files bring the bad ones above the
+        share, or when no good one is left.
+        """
+        new = {path: reason for path, reason in bad if path not in self._reasons}
+        if not new:
+            return []
+        self._reasons.update(new)
+        if self._path is not None:
+            _append(self._path, new)
+        count = len(self._reasons)
+        if count >= self._total or count > self._max_bad_share * self._total:
+            raise TooManyBadFiles(self._complaint(), new.items())
+        return list(new.items())
+
+    def _complaint(self) -> str:
+        path, reason = next(reversed(self._reasons.items()))
+        listed = f"; all are in {self._path}, remove it once they are mended" if self._path else ""
+        return (
+            f"{len(self._reasons)} of {self._total} files cannot be read, more than "
+            f"max_bad_share {self._max_bad_share:g} allows or all there are; the last is "
+            f"{path}: {reason}{listed}"
+        )
+
+
+def _append(path: Path, bad: dict[str, str]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    lines = [json.dumps({"path": p, "reason": r, "time": now}) + "\n" for p, r in bad.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        # A kill may have cut the last line short; what follows must not be glued to it.
+        if file.tell() and not _ends_with_newline(file.name):
+            lines.insert(0, "\n")
+        file.write("".join(lines).encode("utf-8"))
+
+
+def _ends_with_newline(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"
+
+
+def _read(path: Path) -> dict[str, str]:
+    reasons = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            reasons[row["path"]] = row["reason"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            if number == len(lines):
+                continue  # cut short by a kill
+            raise ValueError(
+                f"{path}, line {number}: not a quarantine line: {line[:80]!r}"
+            ) from None
+    return reasons
