@@ -1,7 +1,7 @@
 """The encoder zoo as plain numbers: name to width, depth, heads, MLP width and supervised levels.
 
-Imports nothing, so that the recipe can be resolved from it. Sizes: SPEC section 2 of the paper's released code
-(the level 37 of ViT-G is the released code's, where the paper's text has 36).
+Imports nothing, so that the recipe can be resolved from it. Sizes: SPEC section 2 of the paper's
+released code (the level 37 of ViT-G is the released code's, where the paper's text has 36).
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ PRESETS: dict[str, EncoderSize] = {
 
 
 def default_levels(depth: int) -> tuple[int, ...]:
-    """Four supervised blocks of a ViT of `depth` blocks, at its quarters; the released choice where one exists.
+    """Four supervised blocks of a ViT of `depth` blocks, at its quarters; the released choice
+    where one exists.
 
     Depths below four supervise every block.
     """

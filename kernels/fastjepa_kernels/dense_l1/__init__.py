@@ -1,0 +1,1 @@
+"""Dense L1-type loss against gathered, per-level normalised targets."""

@@ -1,0 +1,1 @@
+"""Distance of each context token to the nearest predicted token of its clip."""

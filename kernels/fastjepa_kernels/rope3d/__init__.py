@@ -1,0 +1,1 @@
+"""Rotary positions in three axes, applied to the packed q and k."""
