@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from fastjepa.config.errors import RecipeError
 from fastjepa.config.schema import Data, Duration, MaskGroup, Model, Objective, Optim, Recipe
-from fastjepa.model.presets import PRESETS, EncoderSize, default_levels
+from fastjepa.presets import PRESETS, EncoderSize, default_levels
 
 SMALLEST_HEAD = 6  # three axes of at least one rotated pair of channels each (SPEC section 2)
 
