@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from fastjepa.checkpoint.tensor_file import CheckpointError
-from fastjepa.model.presets import PRESETS
+from fastjepa.presets import PRESETS
 
 
 class EncoderSizes(TypedDict):

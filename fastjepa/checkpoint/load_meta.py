@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastjepa.checkpoint.encoder_sizes import EncoderSizes, preset_of, shapes_say
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_start, read_tensors
-from fastjepa.model.presets import PRESETS
+from fastjepa.presets import PRESETS
 
 # By preference: distilled releases keep the averaged student, the others the target encoder.
 _ENCODERS = ("ema_encoder", "target_encoder", "encoder")
