@@ -85,6 +85,8 @@ def _read_file(place: Path) -> list[Entry]:
         )
     try:
         entries = [_entry(row, place, where) for where, row in reader(place)]
+    except csv.Error as error:
+        raise ManifestError(f"{place}: not a readable CSV file ({error})") from None
     except UnicodeDecodeError as error:
         raise ManifestError(f"{place}: not UTF-8 text ({error.reason})") from None
     if not entries:
@@ -144,9 +146,9 @@ def _csv_rows(place: Path) -> Rows:
         lines = [(i, line) for i, line in enumerate(file, start=1) if line.strip()]
     if not lines:
         return
-    header = next(csv.reader([lines[0][1]]))
-    names = [name.strip() for name in header]
-    if names[0] != "path" and (len(names) == 1 or kind_of(names[0])):
+    first = lines[0][1]
+    names = [name.strip() for name in next(csv.reader([first]))]
+    if "path" not in names and (len(names) == 1 or kind_of(names[0]) or _official_path(first)):
         yield from _official_rows(place, lines)
         return
     _check_columns(names, place)
@@ -159,20 +161,24 @@ def _csv_rows(place: Path) -> Rows:
 
 
 def _official_rows(place: Path, lines: Iterable[tuple[int, str]]) -> Rows:
-    """Rows `path label`, or `path::label` where paths hold spaces; the label is of no use here."""
     for number, line in lines:
-        separator = "::" if "::" in line else " "
-        path, _, label = line.strip().rpartition(separator)
-        try:
-            float(label)
-        except ValueError:
-            path = ""
-        if not path:
+        path = _official_path(line)
+        if path is None:
             raise ManifestError(
                 f"{place}, line {number}: found {line.strip()[:80]!r}, expected `path label`, "
                 f"or a first line of column names ({', '.join(COLUMNS)})"
             )
-        yield f"line {number}", {"path": path.strip().strip('"')}
+        yield f"line {number}", {"path": path}
+
+
+def _official_path(line: str) -> str | None:
+    """The path of `path label` or `path::label`, None for another line; labels are not used."""
+    path, _, label = line.strip().rpartition("::" if "::" in line else " ")
+    try:
+        float(label)
+    except ValueError:
+        return None
+    return path.strip().strip('"') or None
 
 
 def _jsonl_rows(place: Path) -> Rows:

@@ -5,6 +5,7 @@ reads them back, so that a file is counted once however often it fails.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,45 +61,34 @@ class Quarantine:
         return list(new.items())
 
     def _complaint(self) -> str:
-        path, reason = next(reversed(self._reasons.items()))
-        listed = f"; all are in {self._path}, remove it once they are mended" if self._path else ""
-        return (
-            f"{len(self._reasons)} of {self._total} files cannot be read, more than "
-            f"max_bad_share {self._max_bad_share:g} allows or all there are; the last is "
-            f"{path}: {reason}{listed}"
-        )
+        count, (path, reason) = len(self._reasons), next(reversed(self._reasons.items()))
+        fact = f"{count} of {self._total} files cannot be read"
+        limit = "" if count >= self._total else f", above max_bad_share {self._max_bad_share:g}"
+        listed = f"; see {self._path}, and remove it once they are mended" if self._path else ""
+        return f"{fact}{limit}; the last is {path}: {reason}{listed}"
 
 
 def _append(path: Path, bad: dict[str, str]) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     lines = [json.dumps({"path": p, "reason": r, "time": now}) + "\n" for p, r in bad.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        # A kill may have cut the last line short; what follows must not be glued to it.
-        if file.tell() and not _ends_with_newline(file.name):
-            lines.insert(0, "\n")
-        file.write("".join(lines).encode("utf-8"))
-
-
-def _ends_with_newline(path: str) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
 
 
 def _read(path: Path) -> dict[str, str]:
+    """Reasons by path; a last line that a kill cut short is taken off the file."""
+    text = path.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        os.truncate(path, whole)
     reasons = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(text[:whole].splitlines(), start=1):
         try:
             row = json.loads(line)
             reasons[row["path"]] = row["reason"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            if number == len(lines):
-                continue  # cut short by a kill
+        except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"{path}, line {number}: not a quarantine line: {line[:80]!r}"
+                f"{path}, line {number}: expected path and reason, found {line[:80]!r}"
             ) from None
     return reasons
