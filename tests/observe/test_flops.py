@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa.model.presets import PRESETS
 from fastjepa.observe.flops import (
     EncoderNumbers,
     PredictorNumbers,
@@ -19,6 +18,7 @@ from fastjepa.observe.flops import (
     predictor_parameters,
     step_flops,
 )
+from fastjepa.presets import PRESETS
 
 
 def encoder(name: str) -> EncoderNumbers:
