@@ -142,13 +142,21 @@ def _write(final: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: str) 
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        if final.exists():
-            final.rename(final.with_name(f"{final.name}{_REPLACED}"))
+        _set_aside(final)
         temporary.rename(final)
         sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _point_latest(final)
+
+
+def _set_aside(final: Path) -> None:
+    """Free the name of an older save of this step, which stays a checkpoint under another."""
+    aside = final.with_name(f"{final.name}{_REPLACED}")
+    if final.exists() and aside.exists():
+        _remove(aside if is_complete(final) else final)
+    if final.exists():
+        final.rename(aside)
 
 
 def _point_latest(final: Path) -> None:
@@ -198,10 +206,14 @@ def _remove_leftovers(home: Path) -> None:
 
 def _newest_first(home: Path) -> list[Path]:
     found: list[tuple[int, bool, Path]] = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    try:
         for path in home.iterdir():
             if match := _STEP.fullmatch(path.name):
                 found.append((int(match[1]), match[2] is None, path))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{home}: cannot be read: {error.strerror}") from error
     return [path for _, _, path in sorted(found, reverse=True)]
 
 

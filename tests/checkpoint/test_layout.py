@@ -147,6 +147,21 @@ def test_a_save_killed_while_replacing_a_step_leaves_the_old_one_to_be_found(
     assert steps(tmp_path) == ["latest", "step-00000007"]
 
 
+@pytest.mark.parametrize("damaged", ["none", "step-00000007", "step-00000007.replaced"])
+def test_a_save_killed_after_replacing_a_step_does_not_stop_the_next(
+    tmp_path: Path, damaged: str
+) -> None:
+    path = save(tmp_path, 7)
+    shutil.copytree(path, path.with_name("step-00000007.replaced"))
+    (path.parent / damaged / "rng.safetensors").unlink(missing_ok=True)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert load_checkpoint(latest).step == 7
+    save_checkpoint(tmp_path, 7, parts(70), {"value": 70}, keep=3)
+    assert steps(tmp_path) == ["latest", "step-00000007"]
+    assert load_checkpoint(path).state == {"value": 70}
+
+
 def test_leftovers_of_killed_saves_are_ignored_and_cleaned(tmp_path: Path) -> None:
     save(tmp_path, 1)
     home = tmp_path / "checkpoints"
@@ -309,7 +324,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     except FileNotFoundError:
         pytest.skip("no mount command")
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"mounting a tmpfs is not permitted: {error.stderr.strip()}")
+        pytest.skip(f"mounting a tmpfs is not permitted: {error.stderr.splitlines()[0]}")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 

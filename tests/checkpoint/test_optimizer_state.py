@@ -152,6 +152,27 @@ def test_unpacked_moments_are_copies_laid_out_as_their_parameter() -> None:
     assert moment.data_ptr() != packed["conv.exp_avg"].data_ptr()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("fused", [True, False])
+def test_state_goes_back_to_the_gpu_with_its_counter_where_adamw_wants_it(
+    tmp_path: Path, fused: bool
+) -> None:
+    parameter = nn.Parameter(torch.randn(8, device="cuda"))
+    optimizer = torch.optim.AdamW([parameter], fused=fused)
+    for _ in range(3):
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    there = dict(optimizer.state[parameter])
+    write_tensors(tmp_path / "a.safetensors", pack_optimizer(optimizer, [("x", parameter)]))
+    unpack_optimizer(optimizer, [("x", parameter)], read_tensors(tmp_path / "a.safetensors")[0])
+    here = optimizer.state[parameter]
+    for key, value in there.items():
+        assert here[key].device == value.device
+        assert torch.equal(here[key], value)
+    optimizer.step()
+
+
 def test_what_is_not_plain_adamw_is_refused() -> None:
     model = TwoDoors()
     for optimizer, found in [
