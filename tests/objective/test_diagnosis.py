@@ -1,6 +1,9 @@
 """Runs, healthy and not, told apart in words."""
 
 import math
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -149,6 +152,12 @@ def test_thresholds_move_the_line() -> None:
 def test_thresholds_need_something_to_compare_with() -> None:
     with pytest.raises(ValueError, match="recent < window"):
         Thresholds(recent=30)
+
+
+def test_the_page_states_the_thresholds_as_they_are() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reading-the-curves.md"
+    table = dict(re.findall(r"^\| `(\w+)` \| ([\d.e-]+) \|", page.read_text(), re.MULTILINE))
+    assert table == {f.name: str(f.default) for f in fields(Thresholds)}
 
 
 def test_a_watch_speaks_once_and_again_after_a_recovery() -> None:
