@@ -1,1 +1,1 @@
-"""What is learned: targets, dense losses, the context ramp, and the health of the features."""
+"""The dense predictive objective (SPEC section 5), its schedule, and its health."""

@@ -8,6 +8,7 @@ same numbers.
 from fastjepa_kernels.dense_l1.op import dense_l1, linear_dense_l1
 from fastjepa_kernels.ema.op import ema_update
 from fastjepa_kernels.mask_distance.op import mask_distance
+from fastjepa_kernels.packing import packed_rows
 from fastjepa_kernels.rope3d.op import rope3d
 
-__all__ = ["dense_l1", "ema_update", "linear_dense_l1", "mask_distance", "rope3d"]
+__all__ = ["dense_l1", "ema_update", "linear_dense_l1", "mask_distance", "packed_rows", "rope3d"]

@@ -103,7 +103,7 @@ class _DenseL1(torch.autograd.Function):
         for group, rows in target.chunks():
             terms_L, dz_rE = target.compare(z_RE[rows], group, rows, grad=grad)
             terms_GL[group] += terms_L
-            if dz_RE is not None:
+            if dz_RE is not None and dz_rE is not None:
                 dz_RE[rows] = dz_rE
         ctx.save_for_backward(dz_RE)
         ctx.mark_non_differentiable(terms_GL)
@@ -229,8 +229,10 @@ def dense_l1(
     sign(0) = 0) and the terms [G, L], means without beta. Raises ValueError for anything that
     does not fit.
     """
+    if z_RE.ndim != 2:
+        raise ValueError(f"prediction: expected [R, E], got {tuple(z_RE.shape)}")
     target = _checked(
-        *z_RE.shape, targets_MD, row_R, group_sizes, token_weight_R, level_weights, exponent,
+        z_RE.shape[0], z_RE.shape[1], targets_MD, row_R, group_sizes, token_weight_R, level_weights, exponent,
         normalize_prediction, eps,
     )  # fmt: skip
     total, terms_GL = _DenseL1.apply(z_RE, target)  # type: ignore[no-untyped-call]

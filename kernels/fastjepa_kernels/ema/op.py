@@ -34,10 +34,8 @@ def ema_update(
         if target.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"targets[{i}]: expected float32 or float64, got {target.dtype}")
     if veto is None:
-        torch._foreach_lerp_(
-            targets, [s.to(t) for t, s in zip(targets, sources, strict=True)], 1.0 - momentum
-        )
+        widened = [s.to(t) for t, s in zip(targets, sources, strict=True)]
+        torch._foreach_lerp_(list(targets), widened, 1.0 - momentum)
         return
     for target, source in zip(targets, sources, strict=True):
-        weight = torch.where(veto != 0, 0.0, 1.0 - momentum).to(target)
-        target.lerp_(source.to(target), weight)
+        target.lerp_(source.to(target), torch.where(veto != 0, 0.0, 1.0 - momentum).to(target))

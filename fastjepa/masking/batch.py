@@ -1,0 +1,126 @@
+"""The masks of a batch as the training step wants them: index sets and distance weights.
+
+Made in the data workers: nothing here needs the model, and the weights depend on the masks alone.
+
+Shapes: B batch, N grid tokens, K kept tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastjepa.masking.blocks import Blocks, Grid, covered
+from fastjepa_kernels import mask_distance
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Index sets of each mask group, ascending int64: `context` [B, Kc], `predict` [B, Kp].
+
+    `weights` [B, Kc] float32 are the distance weights of the context tokens; None means 1.
+    """
+
+    context: tuple[Tensor, ...]
+    predict: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...] | None
+
+    def to(self, device: torch.device) -> "Masks":
+        def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(t.to(device, non_blocking=True) for t in tensors)
+
+        weights = None if self.weights is None else move(self.weights)
+        return Masks(move(self.context), move(self.predict), weights)
+
+
+def distance_weights(
+    context_BK: Tensor, predict_BK: Tensor, grid: Grid, *, offset: bool = False
+) -> Tensor:
+    """`1 / sqrt(d)`, d the distance to the nearest predicted token in grid units: [B, Kc] float32.
+
+    With `offset`, d is divided by `max(1, grid side // 16)` first (SPEC section 5; the reference
+    divides by zero below 16).
+    """
+    distance = mask_distance(context_BK, predict_BK, grid)
+    if offset:
+        distance = distance / max(1, grid[1] // 16)
+    return distance.rsqrt()
+
+
+@dataclass(frozen=True)
+class MaskMaker:
+    """Masks of a step: `maker(step)` is a pure function, and picklable, so that workers can call
+    it.
+
+    Sample indices count from `rank * batch`; see blocks.py for what depends on what.
+    """
+
+    groups: tuple[Blocks, ...]
+    grid: Grid
+    batch: int
+    seed: int
+    rank: int = 0
+    weigh: bool = True
+    offset: bool = False
+
+    def __call__(self, step: int) -> Masks:
+        """The masks of `step`; ValueError if the groups' blocks cannot leave context and
+        predictions."""
+        pairs = [self._group(blocks, step, number) for number, blocks in enumerate(self.groups)]
+        weights = None
+        if self.weigh:
+            weights = tuple(
+                distance_weights(context, predict, self.grid, offset=self.offset)
+                for context, predict in pairs
+            )
+        return Masks(tuple(c for c, _ in pairs), tuple(p for _, p in pairs), weights)
+
+    def _group(self, blocks: Blocks, step: int, group: int) -> tuple[Tensor, Tensor]:
+        hidden = covered(
+            blocks, self.grid, seed=self.seed, step=step, rank=self.rank,
+            samples=range(self.batch), group=group,
+        ).reshape(self.batch, -1)  # fmt: skip
+        context = _truncated(~hidden, blocks.max_keep)
+        predict = _truncated(hidden)
+        if blocks.full_complement:
+            predict = _complement(context, hidden.shape[1])
+        elif blocks.pred_full_complement:
+            context = _complement(predict, hidden.shape[1])
+        if blocks.inv_block:
+            context, predict = predict, context
+        if not (context.size and predict.size):
+            raise ValueError(
+                f"masks: group {group} leaves {context.shape[1]} context and {predict.shape[1]} "
+                "predicted tokens; both must be positive"
+            )
+        return torch.from_numpy(context), torch.from_numpy(predict)
+
+
+def _truncated(chosen_BN: NDArray[np.bool_], most: int | None = None) -> NDArray[np.int64]:
+    """The first chosen tokens of each sample, as many as the poorest sample has (and at most
+    `most`)."""
+    keep = int(chosen_BN.sum(axis=1).min())
+    keep = keep if most is None else min(keep, most)
+    first = chosen_BN & (chosen_BN.cumsum(axis=1) <= keep)
+    return np.nonzero(first)[1].reshape(len(chosen_BN), keep).astype(np.int64)
+
+
+def _complement(index_BK: NDArray[np.int64], num_tokens: int) -> NDArray[np.int64]:
+    free = np.ones((len(index_BK), num_tokens), dtype=np.bool_)
+    np.put_along_axis(free, index_BK, False, axis=1)
+    return np.nonzero(free)[1].reshape(len(index_BK), -1).astype(np.int64)
+
+
+def mean_counts(maker: MaskMaker, steps: Sequence[int]) -> list[tuple[float, float]]:
+    """Mean (context, predicted) tokens a clip of each group over some steps, for planning."""
+    drawn = [maker(step) for step in steps]
+    return [
+        (
+            float(np.mean([m.context[g].shape[1] for m in drawn])),
+            float(np.mean([m.predict[g].shape[1] for m in drawn])),
+        )
+        for g in range(len(maker.groups))
+    ]

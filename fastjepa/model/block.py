@@ -1,0 +1,78 @@
+"""The pre-norm transformer block: `x += attn(norm1(x)); x += mlp(norm2(x))` (SPEC section 2).
+
+The modules hold the weights under the released names. On a CPU the arithmetic runs through
+block_cpu.py, which gives the same numbers with fewer passes and saved tensors; elsewhere as it is
+written here.
+
+Shapes: R packed rows, D width, H heads, C head channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastjepa.model.attention import attend
+from fastjepa.model.block_cpu import attention_half, mlp_half
+from fastjepa.model.segments import Segment
+from fastjepa_kernels.rope3d.reference import rotate
+
+EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Weights of the attention: packed `qkv` (q, k, v, each heads x head width) and `proj`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+
+class Mlp(nn.Module):
+    """Weights of the MLP: `fc1`, exact GELU, `fc2`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+
+class Block(nn.Module):
+    """One block over a packed batch of sequences."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, *, attention: str = "auto") -> None:
+        super().__init__()
+        self.backend = attention
+        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(
+        self, x_RD: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
+    ) -> Tensor:
+        """x_RD: [R, D]; tables: for each segment cos/sin [count or 1, length, C/2, 2]."""
+        if x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa"):
+            x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments)
+            return mlp_half(x_RD, self.norm2, self.mlp)
+        x_RD = x_RD + self.attend(self.norm1(x_RD), tables_RC2, segments)
+        hidden = F.gelu(self.mlp.fc1(self.norm2(x_RD)))
+        out_RD: Tensor = x_RD + self.mlp.fc2(hidden)
+        return out_RD
+
+    def attend(
+        self, x_RD: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
+    ) -> Tensor:
+        qkv_R3HC = self.attn.qkv(x_RD).unflatten(-1, (3, self.attn.heads, -1))
+        qk_R2HC, v_RHC = qkv_R3HC[:, :2], qkv_R3HC[:, 2:]
+        turned = [
+            rotate(segment.rows(qk_R2HC), table[:, :, None, None]).flatten(0, 1)
+            for segment, table in zip(segments, tables_RC2, strict=True)
+        ]
+        qkv_R3HC = torch.cat((torch.cat(turned), v_RHC), dim=1)
+        mixed_RD = attend(qkv_R3HC, segments, backend=self.backend).flatten(1)
+        out_RD: Tensor = self.attn.proj(mixed_RD)
+        return out_RD

@@ -1,0 +1,57 @@
+"""Rotary positions in three axes: one table of cosines and sines a forward, shared by all blocks.
+
+Shapes: N grid tokens, C head channels. (SPEC section 2, rotary positions.)
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+# Height and width are interpolated to the span of the 256 px pretraining grid, whatever the patch.
+PRETRAINING_PX = 256
+
+
+def rotary_table(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    *,
+    like: Tensor,
+    patch: int = 16,
+    interpolate: bool = True,
+) -> Tensor:
+    """Cosine and sine of every token's angles: [N, C/2, 2] for the grid (T, H, W) in token order.
+
+    Each axis turns `2 * ((C // 3) // 2)` channels, the rest stay (angle 0). With `interpolate`,
+    height and width are scaled to the span of the pretraining grid; time never is; an axis of one
+    token has position 0. Lies on the device of `like`, in float32 (float64 if `like` is), exact to
+    rounding.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return _table(grid, head_dim, patch, interpolate, dtype, like.device)
+
+
+@lru_cache(maxsize=32)
+def _table(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    patch: int,
+    interpolate: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    pairs = (head_dim // 3) // 2
+    if pairs == 0 or head_dim % 2:
+        raise ValueError(f"head width: expected an even number of at least 6, got {head_dim}")
+    span = PRETRAINING_PX // patch - 1
+    frequency = 10_000.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    places = [torch.arange(n, dtype=torch.float64) for n in grid]
+    if interpolate:
+        places[1:] = [p * span / (len(p) - 1) if len(p) > 1 else p for p in places[1:]]
+    axes = [
+        (place[:, None] * frequency).view(*(-1 if a == axis else 1 for a in range(3)), pairs)
+        for axis, place in enumerate(places)
+    ]
+    still = torch.zeros(1, 1, 1, head_dim // 2 - 3 * pairs, dtype=torch.float64)
+    angle = torch.cat([a.expand(*grid, -1) for a in (*axes, still)], dim=-1).flatten(0, 2)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(device=device, dtype=dtype)

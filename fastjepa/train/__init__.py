@@ -1,0 +1,2 @@
+"""Training: the method (step.py), the device arithmetic (engine.py), the run around them
+(loop.py)."""
