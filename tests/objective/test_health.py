@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.health import (
     effective_rank,
     feature_std,
@@ -95,6 +96,16 @@ NAMES = {
 @pytest.mark.parametrize(("name", "part"), NAMES.items())
 def test_every_released_name_has_its_part(name: str, part: str) -> None:
     assert part_of(name) == part
+
+
+def test_every_parameter_of_the_model_has_a_part() -> None:
+    with torch.device("meta"):
+        encoder = Encoder(width=32, depth=2, heads=2, mlp_width=64, levels=(0, 1))
+        predictor = Predictor(encoder_width=32, num_levels=2, width=24, depth=1, heads=2)
+    parts = {part_of(f"encoder.{name}") for name, _ in encoder.named_parameters()}
+    assert parts == {"tokenizer", "encoder_blocks", "encoder_norms"}
+    parts = {part_of(f"predictor.{name}") for name, _ in predictor.named_parameters()}
+    assert parts == {"predictor_embed", "predictor_blocks", "predictor_heads"}
 
 
 def test_an_unknown_parameter_is_named() -> None:

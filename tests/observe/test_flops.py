@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastjepa.model import Encoder as RealEncoder
+from fastjepa.model import Predictor as RealPredictor
+from fastjepa.model import build_encoder
 from fastjepa.observe.flops import (
     EncoderNumbers,
     PredictorNumbers,
@@ -89,6 +92,20 @@ def test_a_released_step_costs_what_was_counted_on_the_official_code(
     )
     assert cost.total / 1e12 == pytest.approx(tera, rel=0.03)
     assert cost.target.backward == cost.target.recompute == 0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(("levels", "out"), [(4, None), (1, 1664)])
+def test_parameters_are_those_of_the_modules(name: str, levels: int, out: int | None) -> None:
+    numbers = encoder(name)
+    with torch.device("meta"):
+        built = build_encoder(name)
+        guesser = RealPredictor(
+            encoder_width=numbers.width, num_levels=levels, depth=12, out_width=out
+        )
+    assert sum(p.numel() for p in built.parameters()) == encoder_parameters(numbers)
+    expected = predictor(numbers, depth=12, levels=levels, out_width=out or levels * numbers.width)
+    assert sum(p.numel() for p in guesser.parameters()) == predictor_parameters(expected)
 
 
 class Block(nn.Module):
@@ -189,6 +206,31 @@ def test_products_of_a_step_equal_pytorchs_own_count() -> None:
         )
         context = encoder(patches[:, :kept]).sum()
         assert count(lambda: context.backward()) == numbers.context.backward
+
+
+def test_products_of_the_real_encoder_and_predictor() -> None:
+    size = EncoderNumbers(32, 2, 2, 80, 2, patch=8)
+    encoder = RealEncoder(
+        width=32, depth=2, heads=2, mlp_width=80, levels=(0, 1), patch=8, attention="math"
+    )
+    guesser = RealPredictor(
+        encoder_width=32, num_levels=2, width=24, depth=3, heads=2, patch=8, attention="math"
+    )
+    clip = torch.randn(2, 3, 4, 32, 24)
+    kept, guessed = [torch.arange(7).repeat(2, 1)], [torch.arange(7, 19).repeat(2, 1)]
+    numbers = step_flops(size, PREDICTOR, TokenNumbers(24, (7,), (12,)), batch=2)
+    with torch.no_grad():
+        with FlopCounterMode(display=False) as counter:
+            encoder(clip)
+        assert counter.get_total_flops() == numbers.target.forward
+        with FlopCounterMode(display=False) as counter:
+            levels = encoder(clip, kept)
+        assert counter.get_total_flops() == numbers.context.forward
+        with FlopCounterMode(display=False) as counter:
+            rows = guesser(levels, kept, guessed, (2, 4, 3), image=False)
+            guesser.predictor_proj(rows[0])
+            guesser.predictor_proj_context(rows[1])
+        assert counter.get_total_flops() == numbers.predictor.forward
 
 
 def test_the_parts_add_up_and_groups_add() -> None:
