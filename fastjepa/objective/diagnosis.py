@@ -22,7 +22,7 @@ class Thresholds:
     recent: int = 5
     window: int = 30
     std_share: float = 0.1
-    rank_share: float = 0.25
+    rank_share: float = 0.1
     rank_floor: float = 2.0
     target_std_floor: float = 0.01
     drop_share: float = 0.7
@@ -45,8 +45,8 @@ def diagnose(metrics_history: History, thresholds: Thresholds = DEFAULT_THRESHOL
     """What is wrong at the end of a run's logged metrics (oldest first), a sentence each.
 
     Only logged steps of the last one's modality (`image_share` 0, 1 or mixed) are compared, and a
-    metric that is missing is not judged. Needs `recent` logged steps twice over before it compares
-    anything.
+    metric that is missing is not judged. Nothing is compared before twice `recent` logged steps,
+    and partial collapse, which early learning resembles, not before twice `window`.
     """
     return list(_findings(metrics_history, thresholds).values())
 
@@ -67,7 +67,7 @@ class HealthWatch:
         """Take one logged step; return the warnings that are new with it."""
         kind = _modality(metrics)
         first = self._first.setdefault(kind, [])
-        last = self._last.setdefault(kind, deque(maxlen=self._thresholds.window))
+        last = self._last.setdefault(kind, deque(maxlen=2 * self._thresholds.window))
         if len(first) < self._thresholds.recent:
             first.append(dict(metrics))
         else:
@@ -91,7 +91,9 @@ def _findings(history: History, limits: Thresholds) -> dict[str, str]:
     window = alike[-limits.window :]
     before, now = window[: -limits.recent], window[-limits.recent :]
     found |= _collapse(start, now, limits)
-    found |= _partial_collapse(before, now, limits)
+    # Early on an untrained encoder's noise goes out of the features: both fall, and all is well.
+    if len(alike) >= 2 * limits.window:
+        found |= _partial_collapse(before, now, limits)
     found |= _exploding(before, now, limits)
     found |= _dead_target(now, limits)
     return found

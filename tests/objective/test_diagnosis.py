@@ -89,10 +89,18 @@ def test_a_partial_collapse_is_a_sudden_drop_of_loss_and_rank() -> None:
 def test_a_rank_that_fades_slowly_is_seen_too() -> None:
     run = healthy()
     for i, row in enumerate(run):
-        row["effective_rank/level11"] = 100.0 * math.exp(-i / 50)
+        row["effective_rank/level11"] = 100.0 * math.exp(-i / 40)
     words = diagnose(run)
     assert len(words) == 1
-    assert "fell to 14 from 96" in words[0]
+    assert "fell to 9 from 95" in words[0]
+
+
+def test_the_first_things_learned_may_lower_loss_and_rank_together() -> None:
+    run = healthy(50)
+    for i, row in enumerate(run):
+        for key in ("loss", "loss_predict", "effective_rank/level11"):
+            row[key] *= 0.4 + 0.6 * math.exp(-i / 4)
+    assert all(diagnose(run[:length]) == [] for length in range(len(run) + 1))
 
 
 def test_exploding_gradients_name_the_part_that_grew_most() -> None:
