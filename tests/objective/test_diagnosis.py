@@ -99,7 +99,7 @@ def test_the_first_things_learned_may_lower_loss_and_rank_together() -> None:
     run = healthy(50)
     for i, row in enumerate(run):
         for key in ("loss", "loss_predict", "effective_rank/level11"):
-            row[key] *= 0.4 + 0.6 * math.exp(-i / 4)
+            row[key] *= 0.2 + 0.8 * math.exp(-i / 6)
     assert all(diagnose(run[:length]) == [] for length in range(len(run) + 1))
 
 
