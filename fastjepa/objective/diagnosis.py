@@ -21,7 +21,7 @@ class Thresholds:
 
     recent: int = 5
     window: int = 30
-    std_share: float = 0.1
+    std_share: float = 0.25
     rank_share: float = 0.1
     rank_floor: float = 2.0
     target_std_floor: float = 0.01
