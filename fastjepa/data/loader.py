@@ -12,14 +12,18 @@ batches; and they end themselves when the trainer is gone, however it went.
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import GEN_CLOSED, getgeneratorstate
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastjepa.data.batch import Batch
@@ -44,8 +48,8 @@ class Loader:
     `crop` pixels (`scale`, `aspect`, `flip`: see `plan_clip`). `stream` sets apart loaders of one
     seed. `workers` processes (0: in this one) each hold up to `prefetch` batches ready.
     `extras(step)` is called in the worker, must be picklable, and its result travels as
-    `Batch.extras`. Pinned memory is used where there is an accelerator. Raises ValueError for an
-    argument that cannot be.
+    `Batch.extras`. `pin_memory` puts clips in pinned memory where there is an accelerator. Raises
+    ValueError for an argument that cannot be.
     """
 
     def __init__(
@@ -162,39 +166,60 @@ class Loader:
             answers = cast(Any, iter(loader))
         try:
             for _ in range(start, stop):
-                answer = _next_answer(answers)
-                if isinstance(answer, TooManyBadFiles):
-                    raise answer
-                yield answer
+                yield _next_batch(answers)
         finally:
             answers._shutdown_workers()
 
 
 class _Answers:
-    """A source that returns its complaint: one raised in a worker arrives buried in a traceback."""
+    """A source whose answers are one or two tensors: the clip, if any, and the rest in bytes.
+
+    Tensors travel in shared memory and only their handles, some hundred bytes, through the workers'
+    common pipe. A longer message could be cut in two by a kill, and the trainer would wait for its
+    other half for ever. A complaint about bad files is an answer too; raised in the worker, it
+    would arrive buried in a traceback.
+    """
 
     def __init__(self, source: ClipSource) -> None:
         self._source = source
 
-    def __getitem__(self, step: int) -> Batch | TooManyBadFiles:
+    def __getitem__(self, step: int) -> list[Tensor]:
         try:
-            return self._source[step]
+            batch = self._source[step]
         except TooManyBadFiles as error:
-            return error
+            return [_packed(error)]
+        return [_packed((batch.step, batch.extras, batch.bad)), batch.clip]
 
 
-def _next_answer(answers: Any) -> Batch | TooManyBadFiles:
+def _packed(rest: object) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(rest)), dtype=torch.uint8)
+
+
+def _next_batch(answers: Any) -> Batch:
     try:
-        return cast(Batch | TooManyBadFiles, next(answers))
+        packed, *clip = cast(list[Tensor], next(answers))
     except (RuntimeError, OSError, EOFError) as error:
-        dead = [worker for worker in answers._workers if not worker.is_alive()]
-        if not dead:
+        # A dying process closes its pipes a moment before it counts as dead.
+        if not wait([worker.sentinel for worker in answers._workers], timeout=1.0):
             raise
-        ends = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in dead)
-        raise WorkerDiedError(
-            f"data worker {ends} ended while batches were being made; -9 or -7 mostly means that "
-            "memory or /dev/shm ran out: use fewer workers, less prefetch or a smaller batch"
-        ) from error
+        raise WorkerDiedError(_obituary(answers._workers)) from error
+    rest = pickle.loads(packed.numpy().tobytes())
+    if isinstance(rest, TooManyBadFiles):
+        raise rest
+    step, extras, bad = rest
+    return Batch(step, clip[0], extras, bad)
+
+
+def _obituary(workers: Sequence[SpawnProcess]) -> str:
+    dead = [worker for worker in workers if worker.exitcode is not None]
+    ends = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in dead)
+    hint = ""
+    if any(worker.exitcode in (-signal.SIGKILL, -signal.SIGBUS) for worker in dead):
+        hint = (
+            "; if nobody killed it, memory or /dev/shm ran out: "
+            "use fewer workers, less prefetch or a smaller batch"
+        )
+    return f"data worker {ends} ended while batches were being made{hint}"
 
 
 def _as_it_is(answer: object) -> object:
@@ -205,6 +230,8 @@ def _settle_in(worker: int) -> None:
     """First thing in a worker: leave signals to the trainer, and never outlive it."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that was meant for the trainer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,0 +1,159 @@
+"""Workers and the trainer end in every way there is: nothing hangs, nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+TRAINER = """
+import multiprocessing, os, signal, sys, time
+from fastjepa.data.loader import Loader, WorkerDiedError
+from fastjepa.data.manifest import read_manifest
+
+
+def masks(step):
+    return list(range(100_000))  # larger than a pipe holds
+
+
+def main():
+    loader = Loader(
+        datasets=[(read_manifest(sys.argv[1]), 1.0)], batch=2, frames=4, fps=4.0, crop=32,
+        scale=(0.3, 1.0), aspect=(0.75, 1.35), flip=0.5, seed=0, workers=2, extras=masks,
+    )
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: signals.append(number))
+    batches = loader.batches(0, 10**9)
+    for batch in batches:
+        if batch.step == 0:
+            workers = multiprocessing.active_children()
+            print("workers", *(worker.pid for worker in workers), flush=True)
+            if sys.argv[2] == "forget":
+                return
+            if sys.argv[2] == "close":
+                loader.close()
+                print("left", len(multiprocessing.active_children()), flush=True)
+                return
+            if sys.argv[2] == "wait":
+                input()
+            if sys.argv[2] == "signal":
+                while not signals:
+                    time.sleep(0.01)
+        if batch.step == 12 and signals:
+            print("went on after", *signals, flush=True)
+            return
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except WorkerDiedError as error:
+        print("died", error, flush=True)
+"""
+
+
+class Trainer:
+    """A real trainer process, its two workers, and what was in shared memory before."""
+
+    def __init__(self, folder: Path, clips: Path, behaviour: str) -> None:
+        script = folder / "trainer.py"
+        script.write_text(TRAINER)
+        self.shared_before = set(os.listdir("/dev/shm"))
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(clips), behaviour],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        line = self.process.stdout.readline()
+        assert line.startswith("workers"), line + self.process.stderr.read()
+        self.workers = [psutil.Process(int(pid)) for pid in line.split()[1:]]
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def finish(self) -> str:
+        """Output of a trainer that ends by itself within half a minute."""
+        out, errors = self.process.communicate(timeout=30)
+        assert self.process.returncode == 0, errors
+        assert errors == ""
+        return out
+
+    def nothing_left(self) -> None:
+        _, alive = psutil.wait_procs(self.family, timeout=15)
+        assert alive == []
+        assert set(os.listdir("/dev/shm")) <= self.shared_before
+
+
+@pytest.fixture
+def start(tmp_path: Path, clips: Path) -> Iterator[Callable[[str], Trainer]]:
+    started: list[Trainer] = []
+
+    def begin(behaviour: str) -> Trainer:
+        started.append(Trainer(tmp_path, clips, behaviour))
+        return started[-1]
+
+    yield begin
+    for trainer in started:
+        for process in [*trainer.family, trainer.process]:
+            if process in trainer.family and not process.is_running():
+                continue
+            process.kill()
+        trainer.process.communicate()
+
+
+def test_a_killed_worker_is_a_clear_error(start: Callable[[str], Trainer]) -> None:
+    trainer = start("wait")
+    trainer.workers[0].kill()
+    trainer.process.stdin.write("\n")
+    out = trainer.finish()
+    assert f"died data worker {trainer.workers[0].pid} (exit code -9) ended" in out
+    assert "/dev/shm" in out
+    trainer.nothing_left()
+
+
+def test_a_worker_killed_at_work(start: Callable[[str], Trainer]) -> None:
+    trainer = start("run")
+    time.sleep(0.3)
+    trainer.workers[1].kill()
+    assert "died data worker" in trainer.finish()
+    trainer.nothing_left()
+
+
+@pytest.mark.parametrize("behaviour", ["run", "wait"])
+def test_a_killed_trainer_leaves_no_worker_behind(
+    start: Callable[[str], Trainer], behaviour: str
+) -> None:
+    """Also when the workers are at work, or stuck sending what nobody will read."""
+    trainer = start(behaviour)
+    time.sleep(0.5)
+    trainer.process.kill()
+    trainer.process.wait(timeout=10)
+    trainer.nothing_left()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_reaches_the_trainer_alone(
+    start: Callable[[str], Trainer], number: signal.Signals
+) -> None:
+    """Ctrl-C in a terminal, `timeout`, or a scheduler: the trainer still gets its batches."""
+    trainer = start("signal")
+    os.killpg(trainer.process.pid, number)
+    assert f"went on after {int(number)}" in trainer.finish()
+    trainer.nothing_left()
+
+
+@pytest.mark.parametrize("behaviour", ["close", "forget"])
+def test_leaving_early(start: Callable[[str], Trainer], behaviour: str) -> None:
+    trainer = start(behaviour)
+    out = trainer.finish()
+    if behaviour == "close":
+        assert "left 0" in out
+    trainer.nothing_left()
