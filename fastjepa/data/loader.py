@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import GEN_CLOSED, getgeneratorstate
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 import torch
@@ -106,7 +108,6 @@ class Loader:
         self._workers = workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory and torch.accelerator.is_available()
-        self._max_bad_share = max_bad_share
         self._running: list[Generator[Batch, None, None]] = []
         self._quarantine = Quarantine(None, max_bad_share, mixture.num_files)
 
@@ -150,6 +151,8 @@ class Loader:
             yield batch._replace(clip=batch.clip.pin_memory()) if self._pin_memory else batch
 
     def _in_workers(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        if start >= stop:
+            return
         loader: DataLoader[Any] = DataLoader(
             cast(Dataset[Any], _Answers(self._source)),
             sampler=range(start, stop),
@@ -200,9 +203,11 @@ def _next_batch(answers: Any) -> Batch:
         packed, *clip = cast(list[Tensor], next(answers))
     except (RuntimeError, OSError, EOFError) as error:
         # A dying process closes its pipes a moment before it counts as dead.
-        if not wait([worker.sentinel for worker in answers._workers], timeout=1.0):
+        ended = wait([worker.sentinel for worker in answers._workers], timeout=1.0)
+        dead = [worker for worker in answers._workers if worker.sentinel in ended]
+        if not dead:
             raise
-        raise WorkerDiedError(_obituary(answers._workers)) from error
+        raise WorkerDiedError(_obituary(dead)) from error
     rest = pickle.loads(packed.numpy().tobytes())
     if isinstance(rest, TooManyBadFiles):
         raise rest
@@ -210,8 +215,9 @@ def _next_batch(answers: Any) -> Batch:
     return Batch(step, clip[0], extras, bad)
 
 
-def _obituary(workers: Sequence[SpawnProcess]) -> str:
-    dead = [worker for worker in workers if worker.exitcode is not None]
+def _obituary(dead: Sequence[SpawnProcess]) -> str:
+    for worker in dead:
+        worker.join(timeout=1.0)
     ends = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in dead)
     hint = ""
     if any(worker.exitcode in (-signal.SIGKILL, -signal.SIGBUS) for worker in dead):
@@ -234,6 +240,8 @@ def _settle_in(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Last of all exit handlers: a queue that must be emptied is joined at priority -5.
+    Finalize(None, _leave, exitpriority=-100)
 
 
 def _end_with_parent() -> None:
@@ -241,6 +249,14 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _leave() -> None:
+    """Skip the interpreter's own clean-up, in which torch aborts a thread that still sends."""
+    if sys.exc_info()[0] is None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @contextmanager

@@ -174,6 +174,11 @@ def test_no_good_file_at_all(tmp_path: Path, workers: int) -> None:
     assert {Path(path).name for path, _ in caught.value.bad} == {"a.mp4", "b.mp4", "c.jpg"}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_no_steps_give_no_batches(clips: Path, workers: int) -> None:
+    assert list(_loader(clips, workers=workers).batches(4, 4)) == []
+
+
 def test_batches_can_be_left_early_and_asked_for_again(clips: Path) -> None:
     loader = _loader(clips)
     first = next(loader.batches(3, 100))
