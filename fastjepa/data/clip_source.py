@@ -106,7 +106,6 @@ class _Augment:
 
     def __call__(self, frame: Frame) -> NDArray[Any]:
         box = self.plan.box(*frame.shape[:2])
-        square: NDArray[Any] = crop_resize_flip(frame[None], box, self.plan.flip, self.size)[
-            :, 0
-        ].numpy()
+        clip = crop_resize_flip(frame[None], box, self.plan.flip, self.size)
+        square: NDArray[Any] = clip[:, 0].numpy()
         return square
