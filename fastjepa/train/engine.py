@@ -52,7 +52,7 @@ class TorchEngine:
         )
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def grad_norm(self) -> Tensor:
         """0-d global norm of all gradients; clips them to `clip` if that is set."""

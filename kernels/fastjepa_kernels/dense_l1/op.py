@@ -232,7 +232,8 @@ def dense_l1(
     if z_RE.ndim != 2:
         raise ValueError(f"prediction: expected [R, E], got {tuple(z_RE.shape)}")
     target = _checked(
-        z_RE.shape[0], z_RE.shape[1], targets_MD, row_R, group_sizes, token_weight_R, level_weights, exponent,
+        z_RE.shape[0], z_RE.shape[1], targets_MD, row_R, group_sizes, token_weight_R,
+        level_weights, exponent,
         normalize_prediction, eps,
     )  # fmt: skip
     total, terms_GL = _DenseL1.apply(z_RE, target)  # type: ignore[no-untyped-call]
