@@ -1,14 +1,15 @@
 """The two halves of a block on a CPU, each one autograd node written by hand.
 
-On a CPU a block spends much of its time outside the products: allocating, copying and adding. Here
-- the residual and the bias are the matrix a product accumulates into, not passes of their own;
-- q and k are rotated in place in the packed qkv, and turned back while their gradients are packed;
+On a CPU a block spends much of its time around the products: allocating, copying and adding. Here
+- the residual and the bias ride in a product's epilogue, and products go where they run fastest;
+- q and k are rotated while they are laid out for attention, and turned back while their gradients
+  are packed;
 - LayerNorm's and GELU's outputs are recomputed in the backward, not saved: 10 widths a token are
   kept instead of 20. The numbers are those of block.py to rounding. Under CPU autocast the
   products run in bfloat16 on the residual stream's own dtype, with float32 gradients of the
   weights.
 
-Shapes: R packed rows, D width, H heads, C head channels, F MLP width.
+Shapes: R packed rows, D width, B sequences, K tokens of one, H heads, C head channels, F MLP width.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.model.products_cpu import (
+    grad_input,
+    grad_weight,
+    linear,
+    linear_add,
+    linear_gelu,
+)
 from fastjepa.model.segments import Segment
 from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
@@ -68,14 +76,19 @@ def _norm_backward(
     )
 
 
-def _residual(x_RD: Tensor, bias_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
-    """x + bias, and whether a product of `dtype` can accumulate into it."""
-    return x_RD + bias_D.to(x_RD.dtype), x_RD.dtype == dtype
-
-
-def _weight_grad(dy_RE: Tensor, x_RD: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a Linear's weight [E, D] and bias [E], in the weight's dtype."""
-    return (dy_RE.t() @ x_RD).to(like.dtype), dy_RE.sum(0, dtype=like.dtype)
+def _heads_first(qkv_R3HC: Tensor, segment: Segment, table: Tensor) -> Tensor:
+    """Rotated q, rotated k and v of one segment, each as attention reads it fastest: [3, B, H, K,
+    C]."""
+    qkv_BK3HC = segment.rows(qkv_R3HC)
+    count, length, _, heads, channels = qkv_BK3HC.shape
+    out = torch.empty(
+        (3, count, heads, length, channels), dtype=qkv_R3HC.dtype, device=qkv_R3HC.device
+    )
+    factor = as_factor(table)[:, None]
+    for i in range(2):
+        rotate_into(qkv_BK3HC[:, :, i].transpose(1, 2), factor, out[i])
+    out[2].copy_(qkv_BK3HC[:, :, 2].transpose(1, 2))
+    return out
 
 
 class _AttentionHalf(torch.autograd.Function):
@@ -85,70 +98,52 @@ class _AttentionHalf(torch.autograd.Function):
     ) -> Tensor:
         dtype = _product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
-        qkv_R3HC = torch.addmm(qkv_b.to(dtype), n_RD, qkv_w.to(dtype).t()).unflatten(
-            -1, (3, heads, -1)
-        )
+        qkv_R3HC = linear(n_RD, qkv_w.to(dtype), qkv_b.to(dtype)).unflatten(-1, (3, heads, -1))
         del n_RD
-        y_RD, accumulates = _residual(x_RD, proj_b, dtype)
-        project = proj_w.to(dtype).t()
-        kept = []
+        outs, kept = [], []
         for segment, table in zip(segments, tables, strict=True):
-            qkv = segment.rows(qkv_R3HC)
-            qk = qkv[:, :, :2]
-            rotate_into(qk, as_factor(table)[:, :, None, None], qk)
-            q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-            y, o = (
-                y_RD[segment.start : segment.stop],
-                out.transpose(1, 2).reshape(-1, x_RD.shape[-1]),
-            )
-            if accumulates:
-                y.addmm_(o, project)
-            else:
-                y += o @ project
-            kept += [out, lse]
+            qkv = _heads_first(qkv_R3HC, segment, table)
+            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
+            outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]))
+            kept += [qkv, lse]
+        del qkv_R3HC
+        mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
         ctx.save_for_backward(
-            x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, qkv_R3HC, *tables, *kept
+            x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, mixed_RD, *tables, *kept
         )
         ctx.segments, ctx.eps = segments, eps
-        return y_RD
+        return linear_add(mixed_RD, x_RD, proj_w.to(dtype), proj_b.to(dtype))
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
-        x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, qkv_R3HC, *rest = ctx.saved_tensors
-        segments, dtype, width = ctx.segments, qkv_R3HC.dtype, x_RD.shape[-1]
-        tables, kept = rest[: len(segments)], rest[len(segments) :]
+        x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, mixed_RD, *rest = ctx.saved_tensors
+        tables, kept = rest[: len(ctx.segments)], rest[len(ctx.segments) :]
+        dtype, heads, channels = mixed_RD.dtype, kept[0].shape[2], kept[0].shape[4]
         dy = dy_RD.to(dtype)
-        project = proj_w.to(dtype)
-        do_RD = dy @ project
-        dproj_w = torch.zeros_like(proj_w)
-        dqkv_R3HC = torch.empty_like(qkv_R3HC)
-        for i, (segment, table) in enumerate(zip(segments, tables, strict=True)):
-            out, lse = kept[2 * i : 2 * i + 2]
-            part = slice(segment.start, segment.stop)
-            o = out.transpose(1, 2).reshape(-1, width)
-            if dtype == proj_w.dtype:
-                dproj_w.addmm_(dy[part].t(), o)
-            else:
-                dproj_w += dy[part].t() @ o
-            do = (
-                do_RD[part].view(segment.count, segment.length, *qkv_R3HC.shape[2:]).transpose(1, 2)
-            )
-            q, k, v = (t.transpose(1, 2) for t in segment.rows(qkv_R3HC).unbind(2))
+        dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, channels))
+        mixed_RHC = mixed_RD.unflatten(-1, (heads, channels))
+        dqkv_R3HC = torch.empty((len(x_RD), 3, heads, channels), dtype=dtype)
+        for segment, table, qkv, lse in zip(
+            ctx.segments, tables, kept[::2], kept[1::2], strict=True
+        ):
             dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k, v, out, lse, 0.0, False
-            )
-            back = as_factor(table, inverse=True)[:, :, None]
+                segment.rows(dmixed_RHC).transpose(1, 2), *qkv,
+                segment.rows(mixed_RHC).transpose(1, 2), lse, 0.0, False,
+            )  # fmt: skip
+            back = as_factor(table, inverse=True)[:, None]
             dqkv = segment.rows(dqkv_R3HC)
-            rotate_into(dq.transpose(1, 2), back, dqkv[:, :, 0])
-            rotate_into(dk.transpose(1, 2), back, dqkv[:, :, 1])
+            rotate_into(dq, back, dqkv[:, :, 0].transpose(1, 2))
+            rotate_into(dk, back, dqkv[:, :, 1].transpose(1, 2))
             dqkv[:, :, 2].copy_(dv.transpose(1, 2))
+        dproj_w = grad_weight(dy, mixed_RD).to(proj_w.dtype)
         dproj_b = dy_RD.sum(0, dtype=proj_w.dtype)
+        del dmixed_RHC, dq, dk, dv
         dqkv = dqkv_R3HC.flatten(1)
         n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
-        dqkv_w, dqkv_b = _weight_grad(dqkv, n_RD, qkv_w)
+        dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
+        dqkv_b = dqkv.sum(0, dtype=qkv_w.dtype)
         dx_RD, dnorm_w, dnorm_b = _norm_backward(
-            dqkv @ qkv_w.to(dtype), x_RD, mean, rstd, norm_w, norm_b
+            grad_input(dqkv, qkv_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
         )
         dx_RD += dy_RD
         return dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b, None, None, None, None
@@ -159,29 +154,31 @@ class _MlpHalf(torch.autograd.Function):
     def forward(ctx, x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps) -> Tensor:  # type: ignore[no-untyped-def]
         dtype = _product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
-        h_RF = torch.addmm(fc1_b.to(dtype), n_RD, fc1_w.to(dtype).t())
-        a_RF = aten.gelu(h_RF) if any(ctx.needs_input_grad) else aten.gelu_(h_RF)
-        y_RD, accumulates = _residual(x_RD, fc2_b, dtype)
-        if accumulates:
-            y_RD.addmm_(a_RF, fc2_w.to(dtype).t())
+        first = fc1_w.to(dtype), fc1_b.to(dtype)
+        if any(ctx.needs_input_grad):
+            h_RF = linear(n_RD, *first)
+            ctx.save_for_backward(x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc2_w, h_RF)
+            ctx.eps = eps
+            a_RF = aten.gelu(h_RF)
         else:
-            y_RD += a_RF @ fc2_w.to(dtype).t()
-        ctx.save_for_backward(x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc2_w, h_RF)
-        ctx.eps = eps
-        return y_RD
+            a_RF = linear_gelu(n_RD, *first)
+        return linear_add(a_RF, x_RD, fc2_w.to(dtype), fc2_b.to(dtype))
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
         x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc2_w, h_RF = ctx.saved_tensors
         dtype = h_RF.dtype
         dy = dy_RD.to(dtype)
-        dfc2_w, dfc2_b = _weight_grad(dy, aten.gelu(h_RF), fc2_w)
-        dh_RF = aten.gelu_backward(dy @ fc2_w.to(dtype), h_RF)
+        dfc2_w = grad_weight(dy, aten.gelu(h_RF)).to(fc2_w.dtype)
+        dfc2_b = dy_RD.sum(0, dtype=fc2_w.dtype)
+        dh_RF = grad_input(dy, fc2_w.to(dtype))
+        aten.gelu_backward.grad_input(dh_RF, h_RF, grad_input=dh_RF)
         del h_RF
         n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
-        dfc1_w, dfc1_b = _weight_grad(dh_RF, n_RD, fc1_w)
+        dfc1_w = grad_weight(dh_RF, n_RD).to(fc1_w.dtype)
+        dfc1_b = dh_RF.sum(0, dtype=fc1_w.dtype)
         dx_RD, dnorm_w, dnorm_b = _norm_backward(
-            dh_RF @ fc1_w.to(dtype), x_RD, mean, rstd, norm_w, norm_b
+            grad_input(dh_RF, fc1_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
         )
         dx_RD += dy_RD
         return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b, dfc2_w, dfc2_b, None

@@ -1,0 +1,70 @@
+"""The matrix products of a Linear layer on a CPU, each by the faster of oneDNN and MKL.
+
+Measured with two threads of an EPYC (`benchmarks/products_cpu.py`): oneDNN with the bias, or the
+residual, in its epilogue wins where the weight's rows are the short side, and for the input's
+gradient; with many rows it is worth a transposed copy of the weight; MKL wins for the weight's
+gradient, best as a tall matrix. Where oneDNN is not built in, and in float64, everything is the
+plain product.
+
+Shapes: R rows, I input width, O output width.
+"""
+
+import torch
+from torch import Tensor
+
+# From this many rows on, a transposed copy of a wide weight pays for itself.
+MANY_ROWS = 2048
+
+_onednn = torch.ops.mkldnn
+
+
+def _by_onednn(x: Tensor) -> bool:
+    return torch.backends.mkldnn.is_available() and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def _laid_out(weight_OI: Tensor, rows: int) -> Tensor:
+    wide = weight_OI.shape[0] > weight_OI.shape[1]
+    return weight_OI.t().contiguous().t() if wide and rows >= MANY_ROWS else weight_OI
+
+
+def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """`x W^T + b`: [R, O]. All of one dtype."""
+    if not _by_onednn(x_RI):
+        return torch.addmm(bias_O, x_RI, weight_OI.t())
+    weight = _laid_out(weight_OI, len(x_RI))
+    out: Tensor = _onednn._linear_pointwise(x_RI, weight, bias_O, "none", [], "")
+    return out
+
+
+def linear_gelu(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """`gelu(x W^T + b)`, exact GELU: [R, O]. For forwards without a gradient."""
+    if not _by_onednn(x_RI):
+        return torch.ops.aten.gelu_(torch.addmm(bias_O, x_RI, weight_OI.t()))  # type: ignore[no-any-return]
+    weight = _laid_out(weight_OI, len(x_RI))
+    out: Tensor = _onednn._linear_pointwise(x_RI, weight, bias_O, "gelu", [], "none")
+    return out
+
+
+def linear_add(x_RI: Tensor, residual_RO: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    """`residual + x W^T + b` in the residual's dtype: [R, O]; x, W and b of one dtype."""
+    if residual_RO.dtype != x_RI.dtype:
+        return residual_RO + linear(x_RI, weight_OI, bias_O)
+    if not _by_onednn(x_RI):
+        return (residual_RO + bias_O).addmm_(x_RI, weight_OI.t())
+    out: Tensor = _onednn._linear_pointwise.binary(x_RI, residual_RO, weight_OI, bias_O, "add")
+    return out
+
+
+def grad_input(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
+    """Gradient of `linear` with respect to x: `dy W`, [R, I]."""
+    if not _by_onednn(dy_RO):
+        return dy_RO @ weight_OI
+    out: Tensor = _onednn._linear_pointwise(dy_RO, weight_OI.t(), None, "none", [], "")
+    return out
+
+
+def grad_weight(dy_RO: Tensor, x_RI: Tensor) -> Tensor:
+    """Gradient of `linear` with respect to W: `dy^T x`, [O, I]."""
+    if dy_RO.shape[1] < x_RI.shape[1]:
+        return (x_RI.t() @ dy_RO).t().contiguous()
+    return dy_RO.t() @ x_RI
