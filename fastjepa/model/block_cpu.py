@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastjepa.model.attention_cpu import attention_dtype, flash_backward, flash_forward
 from fastjepa.model.products_cpu import (
     grad_input,
     grad_weight,
@@ -81,9 +82,8 @@ def _heads_first(qkv_R3HC: Tensor, segment: Segment, table: Tensor) -> Tensor:
     C]."""
     qkv_BK3HC = segment.rows(qkv_R3HC)
     count, length, _, heads, channels = qkv_BK3HC.shape
-    out = torch.empty(
-        (3, count, heads, length, channels), dtype=qkv_R3HC.dtype, device=qkv_R3HC.device
-    )
+    dtype = attention_dtype(qkv_R3HC.dtype, length)
+    out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=qkv_R3HC.device)
     factor = as_factor(table)[:, None]
     for i in range(2):
         rotate_into(qkv_BK3HC[:, :, i].transpose(1, 2), factor, out[i])
@@ -103,8 +103,8 @@ class _AttentionHalf(torch.autograd.Function):
         outs, kept = [], []
         for segment, table in zip(segments, tables, strict=True):
             qkv = _heads_first(qkv_R3HC, segment, table)
-            out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*qkv)
-            outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]))
+            out, lse = flash_forward(*qkv)
+            outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]).to(dtype))
             kept += [qkv, lse]
         del qkv_R3HC
         mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -126,9 +126,9 @@ class _AttentionHalf(torch.autograd.Function):
         for segment, table, qkv, lse in zip(
             ctx.segments, tables, kept[::2], kept[1::2], strict=True
         ):
-            dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                segment.rows(dmixed_RHC).transpose(1, 2), *qkv,
-                segment.rows(mixed_RHC).transpose(1, 2), lse, 0.0, False,
+            dq, dk, dv = flash_backward(
+                segment.rows(dmixed_RHC).transpose(1, 2).to(qkv.dtype), *qkv,
+                segment.rows(mixed_RHC).transpose(1, 2).to(qkv.dtype), lse,
             )  # fmt: skip
             back = as_factor(table, inverse=True)[:, None]
             dqkv = segment.rows(dqkv_R3HC)

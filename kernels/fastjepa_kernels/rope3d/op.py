@@ -18,15 +18,16 @@ def as_factor(table_C2: Tensor, *, inverse: bool = False) -> Tensor:
 
 
 def rotate_into(x_C: Tensor, factor_C: Tensor, out_C: Tensor) -> None:
-    """Write x rotated by complex factors into `out_C` (which may be x itself); last dims
-    contiguous."""
-    if x_C.dtype in (torch.float32, torch.float64):
-        x = torch.view_as_complex(x_C.unflatten(-1, (-1, 2)))
-        out = torch.view_as_complex(out_C.unflatten(-1, (-1, 2)))
-        torch.mul(x, factor_C, out=out)
+    """Write x rotated by complex factors into `out_C`, which may be x itself or of another dtype.
+
+    The last dimensions of both are contiguous.
+    """
+    wide_C = x_C if x_C.dtype in (torch.float32, torch.float64) else x_C.float()
+    x = torch.view_as_complex(wide_C.unflatten(-1, (-1, 2)))
+    if out_C.dtype == wide_C.dtype:
+        torch.mul(x, factor_C, out=torch.view_as_complex(out_C.unflatten(-1, (-1, 2))))
     else:
-        x = torch.view_as_complex(x_C.float().unflatten(-1, (-1, 2)))
-        out_C.copy_(torch.view_as_real(x.mul_(factor_C)).flatten(-2))
+        out_C.copy_(torch.view_as_real(x * factor_C).flatten(-2))
 
 
 class _Rope3d(torch.autograd.Function):
