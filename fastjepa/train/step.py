@@ -5,14 +5,15 @@ groups.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjepa.masking.batch import Masks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss
+from fastjepa.objective.health import gradient_norms
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
 
@@ -51,6 +52,7 @@ class StepReport:
     terms: tuple[LossTerms, ...]
     grad_norm: Tensor
     veto: Tensor
+    grad_norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 def forward(jepa: Jepa, batch: MicroBatch, dtype: torch.dtype) -> LossTerms:
@@ -87,8 +89,12 @@ def train_step(
     lr: float,
     weight_decay: float,
     momentum: float,
+    norms_by_part: bool = False,
 ) -> StepReport:
-    """One optimizer step over its micro-batches, then the EMA. Nothing waits for the device."""
+    """One optimizer step over its micro-batches, then the EMA. Nothing waits for the device.
+
+    `norms_by_part` adds the gradient norm of each part of the networks to the report.
+    """
     loss = torch.zeros((), device=engine.device)
     terms = []
     for batch in micro_batches:
@@ -97,7 +103,17 @@ def train_step(
         engine.backward(term.total * batch.share)
         loss = loss + term.total.detach() * batch.share
         terms.append(term)
+    norms = gradient_norms(named_parameters(jepa)) if norms_by_part else {}
     grad_norm = engine.grad_norm()
     veto = guard.veto(step, loss, grad_norm)
     engine.step(lr=lr, weight_decay=weight_decay, momentum=momentum, veto=veto)
-    return StepReport(loss, tuple(terms), grad_norm, veto)
+    return StepReport(loss, tuple(terms), grad_norm, veto, norms)
+
+
+def named_parameters(jepa: Jepa) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter that the optimizer moves, named `encoder.*` and `predictor.*`."""
+    return [
+        (f"{part}.{name}", parameter)
+        for part, module in (("encoder", jepa.encoder), ("predictor", jepa.predictor))
+        for name, parameter in module.named_parameters()
+    ]

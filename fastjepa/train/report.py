@@ -1,0 +1,75 @@
+"""A step's report and a probe's features as metrics: the names that logs, charts and warnings
+share."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastjepa.objective.health import effective_rank, feature_std, target_drift
+from fastjepa.train.step import Jepa, StepReport
+
+
+def step_metrics(
+    report: StepReport, levels: Sequence[int], shares: Sequence[float]
+) -> dict[str, Tensor | float]:
+    """Losses of a step, in total, by term and by level: micro-batches weighed by their shares."""
+    metrics: dict[str, Tensor | float] = {"loss": report.loss, "grad_norm": report.grad_norm}
+    metrics |= report.grad_norms
+    for name in ("predict", "context"):
+        found = [
+            (share, getattr(term, name), getattr(term, f"{name}_terms"))
+            for share, term in zip(shares, report.terms, strict=True)
+            if getattr(term, name) is not None
+        ]
+        total = sum(share for share, _, _ in found)
+        if not found:
+            continue
+        metrics[f"loss_{name}"] = torch.stack([s * t.detach() for s, t, _ in found]).sum() / total
+        by_level = torch.stack([s * terms.mean(0) for s, _, terms in found]).sum(0) / total
+        metrics |= {
+            f"loss_{name}/level{level}": value
+            for level, value in zip(levels, by_level.unbind(), strict=True)
+        }
+    return metrics
+
+
+class Probe:
+    """Health of the features of one fixed clip, measured the same way along the whole run."""
+
+    def __init__(self, jepa: Jepa, clip: Tensor) -> None:
+        """clip: normalised [1, 3, T, H, W] on the run's device."""
+        self._jepa, self._clip = jepa, clip
+        self._targets = self._target_levels()[-1]
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """Std of context and target features by level, rank of the last, drift since the last
+        call."""
+        features = self._jepa.encoder(self._clip, levels=self._jepa.levels)
+        targets = self._target_levels()
+        found = {
+            f"feature_std/level{level}": feature_std(x)
+            for level, x in zip(self._jepa.levels, features, strict=True)
+        }
+        found |= {
+            f"target_std/level{level}": feature_std(x)
+            for level, x in zip(self._jepa.target_levels, targets, strict=True)
+        }
+        found[f"effective_rank/level{self._jepa.levels[-1]}"] = effective_rank(features[-1])
+        found["target_drift"] = target_drift(targets[-1], self._targets)
+        self._targets = targets[-1]
+        return found
+
+    @torch.no_grad()
+    def _target_levels(self) -> list[Tensor]:
+        levels: list[Tensor] = self._jepa.target(self._clip, levels=self._jepa.target_levels)
+        return levels
+
+
+def on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """All values as floats, waiting for the device once."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([t.detach().double() for t in tensors.values()]).tolist()
+    plain = {name: float(v) for name, v in metrics.items() if not isinstance(v, Tensor)}
+    return plain | dict(zip(tensors, values, strict=True))

@@ -1,0 +1,91 @@
+"""A run's state to and from a checkpoint: weights, moments, EMA, guard, random numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastjepa.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    load_checkpoint,
+    load_strict,
+    pack_optimizer,
+    pack_rng,
+    read_encoder,
+    read_official,
+    save_checkpoint,
+    unpack_optimizer,
+    unpack_rng,
+)
+from fastjepa.train.engine import TorchEngine
+from fastjepa.train.guard import LossGuard
+from fastjepa.train.step import Jepa, named_parameters
+
+WEIGHTS = ("encoder", "predictor", "target_encoder")
+
+
+def modules(jepa: Jepa) -> dict[str, nn.Module]:
+    """The networks under the names of their checkpoint files."""
+    return dict(zip(WEIGHTS, (jepa.encoder, jepa.predictor, jepa.target), strict=True))
+
+
+def save(
+    folder: Path,
+    step: int,
+    jepa: Jepa,
+    engine: TorchEngine,
+    guard: LossGuard,
+    facts: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint of `step` finished steps; `facts` (model sizes, ...) go into its state."""
+    tensors: dict[str, dict[str, Tensor]] = {
+        name: module.state_dict() for name, module in modules(jepa).items()
+    }
+    tensors["optimizer"] = pack_optimizer(engine.optimizer, named_parameters(jepa))
+    tensors["guard"] = guard.state()
+    tensors["rng"] = pack_rng()
+    return save_checkpoint(folder, step, tensors, facts, keep)
+
+
+def resume(folder: Path, jepa: Jepa, engine: TorchEngine, guard: LossGuard) -> Checkpoint | None:
+    """Restore the newest complete checkpoint of `folder`; None if there is none.
+
+    Raises CheckpointError (a ValueError) naming what does not fit, before anything is changed.
+    """
+    path = latest_checkpoint(folder)
+    if path is None:
+        return None
+    checkpoint = load_checkpoint(path)
+    for name, module in modules(jepa).items():
+        load_strict(module, checkpoint.tensors[name], f"{path}/{name}.safetensors")
+    unpack_optimizer(engine.optimizer, named_parameters(jepa), checkpoint.tensors["optimizer"])
+    guard.load(checkpoint.tensors["guard"])
+    unpack_rng(checkpoint.tensors["rng"])
+    return checkpoint
+
+
+def load_initial(path: Path, jepa: Jepa) -> tuple[str, ...]:
+    """Start from the weights at `path`: a run folder, a checkpoint, an official .pt or an
+    exported encoder.
+
+    Always strict. Returns the parts that were loaded: a file without a predictor leaves ours as
+    initialised. Raises CheckpointError naming each key that does not fit.
+    """
+    if path.is_dir():
+        loaded = load_checkpoint(latest_checkpoint(path) or path, parts=WEIGHTS).tensors
+    elif path.suffix in (".pt", ".pth", ".tar"):
+        target, predictor, info = read_official(path)
+        loaded = {"target_encoder": target, "encoder": target}
+        if "encoder" in info.parts and info.part != "encoder":
+            loaded["encoder"] = read_official(path, part="encoder")[0]
+        if predictor is not None:
+            loaded["predictor"] = predictor
+    else:
+        encoder, _ = read_encoder(path)
+        loaded = {"target_encoder": encoder, "encoder": encoder}
+    for name, module in modules(jepa).items():
+        if name in loaded:
+            load_strict(module, loaded[name], f"train.init_from {path}: {name}")
+    return tuple(loaded)
