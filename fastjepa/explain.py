@@ -1,0 +1,413 @@
+"""What a recipe comes to, in numbers a person can judge before the first step.
+
+    sections = explain(recipe, resolve(recipe))
+    print(as_text(sections))
+
+Nothing is built or opened: sizes follow from the recipe, token counts from masks drawn for it.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from fastjepa.config.resolve import Resolved, Stream
+from fastjepa.config.schema import MaskGroup, Recipe, Source
+from fastjepa.masking.batch import MaskMaker, mean_counts
+from fastjepa.masking.blocks import Blocks
+from fastjepa.observe.flops import (
+    EncoderNumbers,
+    PredictorNumbers,
+    StepFlops,
+    TokenNumbers,
+    encoder_parameters,
+    predictor_parameters,
+    step_flops,
+)
+from fastjepa.observe.footprint import Footprint, step_footprint
+from fastjepa.optim.schedules import ema_momentum, learning_rate, weight_decay
+
+# Steps whose masks are drawn for the mean token counts.
+DRAWN_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and its rows of (name, value with unit)."""
+
+    title: str
+    rows: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One modality's forward and backward: mean tokens a clip by mask group, and their cost.
+
+    `passes` is how many of them an optimizer step holds, on average where steps alternate.
+    """
+
+    context: tuple[float, ...]
+    predicted: tuple[float, ...]
+    passes: float
+    flops: StepFlops
+    memory: Footprint
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Parameters, and what a step costs: `flops` of an optimizer step, `memory` in bytes.
+
+    `memory` is the larger of the two modalities': they run one after the other.
+    """
+
+    encoder_parameters: int
+    predictor_parameters: int
+    video: Part | None
+    image: Part | None
+    flops: float
+    memory: Footprint
+
+
+def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
+    """The numbers behind `explain`. Raises ValueError where masks leave no context or no
+    predictions."""
+    size, model = resolved.encoder, recipe.model
+    encoder = EncoderNumbers(
+        size.width, size.depth, size.heads, size.mlp_width, len(size.levels),
+        model.patch, model.tubelet,
+    )  # fmt: skip
+    shape, levels = resolved.predictor, len(size.levels)
+    predictor = PredictorNumbers(
+        shape.width, shape.depth, shape.heads, shape.mlp_width,
+        in_width=size.width, in_levels=levels, out_width=levels * size.width,
+        mask_tokens=model.predictor.mask_tokens,
+    )  # fmt: skip
+
+    def part(stream: Stream | None, groups: Sequence[MaskGroup]) -> Part | None:
+        if stream is None:
+            return None
+        maker = MaskMaker(
+            tuple(Blocks(**group.model_dump()) for group in groups),
+            stream.grid, stream.clips, recipe.run.seed, weigh=False,
+        )  # fmt: skip
+        counts = mean_counts(maker, range(DRAWN_STEPS))
+        context, predicted = tuple(c for c, _ in counts), tuple(p for _, p in counts)
+        tokens = TokenNumbers(
+            stream.tokens,
+            tuple(int(c) for c in context),
+            tuple(min(round(p), stream.tokens - int(c)) for c, p in counts),
+            image=stream.frames == 1,
+        )
+        share = stream.share if recipe.data.mix == "alternate" else 1.0
+        return Part(
+            context,
+            predicted,
+            share * recipe.optim.accumulate,
+            step_flops(
+                encoder, predictor, tokens, batch=stream.clips, checkpointing=model.checkpointing
+            ),
+            step_footprint(
+                encoder,
+                predictor,
+                tokens,
+                batch=stream.clips,
+                value_bytes=2 if recipe.engine.dtype == "bfloat16" else 4,
+                checkpointing=model.checkpointing,
+                scores=model.attention == "math",
+            ),
+        )
+
+    video = part(resolved.video, recipe.masks.video)
+    image = part(resolved.image, recipe.masks.image)
+    parts = [p for p in (video, image) if p]
+    return Estimate(
+        encoder_parameters(encoder),
+        predictor_parameters(predictor),
+        video,
+        image,
+        math.fsum(p.passes * p.flops.total for p in parts),
+        max((p.memory for p in parts), key=lambda memory: memory.total),
+    )
+
+
+def explain(recipe: Recipe, resolved: Resolved) -> list[Section]:
+    """Every number that follows from `recipe`, by section, as text with units.
+
+    Raises ValueError where the masks leave no context or no predictions.
+    """
+    numbers = estimate(recipe, resolved)
+    sections = [("Model", _model(recipe, resolved, numbers))]
+    for title, stream, groups, part in (
+        ("Video", resolved.video, recipe.masks.video, numbers.video),
+        ("Images", resolved.image, recipe.masks.image, numbers.image),
+    ):
+        if stream and part:
+            sections.append((title, _stream(recipe, stream, groups, part)))
+    sections += [
+        ("Objective", _objective(recipe, resolved)),
+        ("Schedule", _schedule(recipe, resolved)),
+        ("Optimizer step", _optimizer_step(recipe, resolved)),
+        ("Compute of an optimizer step", _compute(numbers, resolved.steps)),
+        ("Memory (estimate)", _memory(recipe, numbers)),
+        ("Data", _data(recipe, resolved)),
+    ]
+    if resolved.notes:
+        sections.append(("Notes", (("note", note) for note in resolved.notes)))
+    return [Section(title, tuple(rows)) for title, rows in sections]
+
+
+def as_table(sections: Sequence[Section]) -> RenderableType:
+    """For a terminal: a titled table for each section, names aligned over all of them."""
+    width = max((len(name) for section in sections for name, _ in section.rows), default=0)
+    tables = []
+    for section in sections:
+        table = Table(title=section.title, title_justify="left", show_header=False, box=None)
+        table.add_column(style="cyan", min_width=width, no_wrap=True)
+        table.add_column(overflow="fold")
+        for row in section.rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        tables.append(table)
+    return Group(*tables)
+
+
+def as_text(sections: Sequence[Section]) -> str:
+    """For a pipe or a file: one line a row, never wrapped."""
+    width = max((len(name) for section in sections for name, _ in section.rows), default=0)
+    lines = []
+    for section in sections:
+        lines += [section.title, *(f"  {name:<{width}}  {text}" for name, text in section.rows), ""]
+    return "\n".join(lines).rstrip("\n")
+
+
+def as_json(recipe: Recipe, resolved: Resolved) -> str:
+    """For scripts: the resolved recipe and its estimate as plain numbers (bytes, operations)."""
+    tree = {
+        "recipe": recipe.model_dump(mode="json"),
+        "resolved": asdict(resolved),
+        "estimate": asdict(estimate(recipe, resolved)),
+    }
+    return json.dumps(tree, indent=1)
+
+
+Rows = Iterable[tuple[str, str]]
+
+
+def _model(recipe: Recipe, resolved: Resolved, numbers: Estimate) -> Rows:
+    encoder, predictor = resolved.encoder, resolved.predictor
+    yield (
+        "encoder",
+        f"{recipe.model.name}: width {encoder.width}, {encoder.depth} blocks, "
+        f"{encoder.heads} heads of {encoder.width // encoder.heads}, MLP {encoder.mlp_width}",
+    )
+    yield (
+        "predictor",
+        f"width {predictor.width}, {predictor.depth} blocks, "
+        f"{predictor.heads} heads of {predictor.width // predictor.heads}, "
+        f"MLP {predictor.mlp_width}",
+    )
+    yield (
+        "supervised levels",
+        ", ".join(
+            f"block {level} (weight {weight:.4g})"
+            for level, weight in zip(encoder.levels, resolved.level_weights, strict=True)
+        )
+        + f" of 0 to {encoder.depth - 1}",
+    )
+    yield "parameters of the encoder", _count(numbers.encoder_parameters)
+    yield "parameters of the predictor", _count(numbers.predictor_parameters)
+    yield "parameters of the target", f"{_count(numbers.encoder_parameters)}, not trained"
+
+
+def _stream(recipe: Recipe, stream: Stream, groups: Sequence[MaskGroup], part: Part) -> Rows:
+    time, height, width = stream.grid
+    pixels = f"{stream.crop} x {stream.crop} px"
+    if stream.frames > 1:
+        fps = recipe.data.fps
+        yield (
+            "clip",
+            f"{stream.frames} frames at {fps:g} fps ({stream.frames / fps:.3g} s), {pixels}",
+        )
+    else:
+        yield "image", pixels
+    yield "token grid", f"{time} x {height} x {width} (time, height, width)"
+    yield "tokens a clip", f"{stream.tokens:,}"
+    for number, group in enumerate(groups):
+        context, predicted = part.context[number], part.predicted[number]
+        yield (
+            f"mask group {number}",
+            f"{group.num_blocks} {'block' if group.num_blocks == 1 else 'blocks'} of "
+            f"{_range(group.spatial_scale)} of the area: "
+            f"context {context:,.0f} ({context / stream.tokens:.0%}), "
+            f"predicted {predicted:,.0f} ({predicted / stream.tokens:.0%}), "
+            f"means of {DRAWN_STEPS} steps",
+        )
+    yield "batch per rank", f"{stream.clips:,}"
+    yield "share of an update", f"{stream.share:.4g}"
+    yield "context weight (lambda)", f"{stream.context_weight:g}"
+
+
+def _objective(recipe: Recipe, resolved: Resolved) -> Rows:
+    objective = recipe.objective
+    added = [name for name in ("dense", "deep") if getattr(objective, name)]
+    yield "method", " + ".join(("V-JEPA 2", *added)) + (" (V-JEPA 2.1)" if len(added) == 2 else "")
+    yield "difference", f"|z - y|^p / p with p = {objective.loss_exp:g}"
+    if objective.dense:
+        weighed = "1 / sqrt(distance to the nearest predicted token)"
+        yield "context tokens weigh", weighed if objective.distance_weights else "1"
+        if resolved.ramp is None:
+            yield "context ramp", "none: full weight from step 0"
+        else:
+            start, end = resolved.ramp
+            yield "context ramp", f"0 up to step {start:,}, full from step {end:,}"
+
+
+def _schedule(recipe: Recipe, resolved: Resolved) -> Rows:
+    optim, steps, horizon = recipe.optim, resolved.steps, resolved.horizon
+    last = steps - 1
+    yield "steps", f"{steps:,}"
+    yield (
+        "warm-up",
+        f"{resolved.warmup:,} steps, learning rate from {optim.start_lr:g} to {optim.lr:g}"
+        if resolved.warmup
+        else "none",
+    )
+    end_lr = learning_rate(
+        last, shape=optim.schedule, start=optim.start_lr, peak=optim.lr, final=optim.final_lr,
+        warmup=resolved.warmup, horizon=horizon,
+    )  # fmt: skip
+    then = (
+        "constant"
+        if optim.schedule == "constant"
+        else f"{optim.schedule} to {optim.final_lr:g} at step {horizon:,}"
+    )
+    yield "learning rate", f"{optim.lr:g}, {then}; {end_lr:.4g} at the last step"
+    end_decay = weight_decay(
+        last, start=optim.weight_decay, final=optim.final_weight_decay, horizon=horizon
+    )
+    yield "weight decay", _course(optim.weight_decay, optim.final_weight_decay, end_decay)
+    end_momentum = ema_momentum(
+        last, start=resolved.momentum, final=optim.ema.final_momentum, horizon=horizon
+    )
+    yield "EMA momentum", _course(resolved.momentum, optim.ema.final_momentum, end_momentum)
+    yield "EMA half-life", _half_life(resolved.momentum)
+    guard = recipe.guard
+    yield (
+        "guard",
+        "skips steps that are not finite"
+        + (
+            ""
+            if guard.sigma is None
+            else f"; from step {resolved.guard_start:,} also a loss above mean + {guard.sigma:g} "
+            f"std of the last {guard.window}"
+        )
+        + f"; stops after {guard.max_skips} in a row",
+    )
+    yield (
+        "checkpoints",
+        f"every {recipe.train.checkpoint_every:,} steps and at the end, "
+        f"the last {recipe.train.keep_checkpoints} kept",
+    )
+
+
+def _optimizer_step(recipe: Recipe, resolved: Resolved) -> Rows:
+    streams = [s for s in (resolved.video, resolved.image) if s]
+    mixed = len(streams) == 2
+    if mixed and recipe.data.mix == "alternate":
+        yield (
+            "mix",
+            f"alternate: {resolved.image_share:.3g} of the steps are of images, the others of videos",
+        )
+    elif mixed:
+        yield "mix", "accumulate: a video and an image batch in each step"
+    if recipe.optim.accumulate > 1:
+        yield "accumulate", f"{recipe.optim.accumulate} micro-batches of each"
+    unit = "clips and images" if mixed else "images" if resolved.image else "clips"
+    mean = " on average" if mixed and recipe.data.mix == "alternate" else ""
+    yield f"{unit} a step", f"{resolved.clips_per_step:,.6g}{mean}"
+    yield f"{unit} in all", f"{resolved.clips_per_step * resolved.steps:,.0f}"
+
+
+def _compute(numbers: Estimate, steps: int) -> Rows:
+    for name, part in (("video", numbers.video), ("images", numbers.image)):
+        if part:
+            for kind in ("target", "context", "predictor", "loss"):
+                yield (
+                    f"{name}: {kind}",
+                    _scaled(part.passes * getattr(part.flops, kind).total, "FLOP"),
+                )
+            yield f"{name}: together", _scaled(part.passes * part.flops.total, "FLOP")
+    yield "a step", _scaled(numbers.flops, "FLOP")
+    yield "the run", _scaled(numbers.flops * steps, "FLOP")
+
+
+def _memory(recipe: Recipe, numbers: Estimate) -> Rows:
+    memory = numbers.memory
+    yield "weights", f"{_bytes(memory.weights)} (float32)"
+    yield "gradients", f"{_bytes(memory.gradients)} (float32)"
+    yield "AdamW moments", f"{_bytes(memory.optimizer)} (float32)"
+    yield "target encoder", f"{_bytes(memory.target)} (float32)"
+    kept = "block inputs only" if recipe.model.checkpointing else "plain blocks"
+    yield (
+        "activations",
+        f"about {_bytes(memory.activations)} ({recipe.engine.dtype}, estimated for {kept}: "
+        f"context {_bytes(memory.context_activations)}, "
+        f"predictor {_bytes(memory.predictor_activations)}, "
+        f"loss {_bytes(memory.loss_activations)})",
+    )
+    yield "together", f"about {_bytes(memory.total)}, workspace not counted"
+
+
+def _data(recipe: Recipe, resolved: Resolved) -> Rows:
+    read = (
+        ("video", recipe.data.video, resolved.video),
+        ("images", recipe.data.image, resolved.image),
+    )
+    for name, sources, stream in read:
+        if stream:
+            yield from _sources(name, sources)
+    workers = recipe.data.workers
+    yield "workers", f"{workers} a modality" if workers else "none: read in the trainer"
+
+
+def _sources(name: str, sources: Sequence[Source]) -> Iterator[tuple[str, str]]:
+    total = math.fsum(source.weight for source in sources)
+    for source in sources:
+        yield name, f"{source.path} ({source.weight / total:.1%} of the draws)"
+
+
+def _course(start: float, final: float | None, at_last: float) -> str:
+    if final is None or final == start:
+        return f"{start:.6g}, constant"
+    return f"{start:.6g} toward {final:.6g}; {at_last:.6g} at the last step"
+
+
+def _half_life(momentum: float) -> str:
+    if momentum >= 1.0:
+        return "endless: the target never moves"
+    if momentum <= 0.0:
+        return "0 steps: the target is the encoder"
+    return f"{math.log(0.5) / math.log(momentum):,.4g} steps"
+
+
+def _range(scale: tuple[float, float]) -> str:
+    low, high = scale
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M ({parameters:,})"
+
+
+def _scaled(value: float, unit: str) -> str:
+    """`value` with the prefix that leaves 1 to 999 before the point."""
+    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
+    power = min(len(prefixes) - 1, int(math.log10(value) // 3)) if value >= 1.0 else 0
+    return f"{value / 1000.0**power:.3g} {prefixes[power]}{unit}"
+
+
+def _bytes(size: int) -> str:
+    gib = size / 2**30
+    return f"{gib:,.2f} GiB" if gib >= 1.0 else f"{size / 2**20:,.1f} MiB"
