@@ -39,7 +39,7 @@ from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
 _TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class WorkerDiedError(RuntimeError):
+class WorkerDiedError(OSError):
     """A worker process ended by itself, most often killed for want of memory."""
 
 
@@ -121,6 +121,10 @@ class Loader:
         self._running = [one for one in self._running if getgeneratorstate(one) != GEN_CLOSED]
         self._running.append(running)
         return running
+
+    def batch_at(self, step: int) -> Batch:
+        """Make one batch here and now, without workers. Raises TooManyBadFiles."""
+        return self._source[step]
 
     def close(self) -> None:
         """End the iterators that are under way, and their workers."""

@@ -55,13 +55,15 @@ class MaskMaker:
     """Masks of a step: `maker(step)` is a pure function, and picklable, so that workers can call
     it.
 
-    Sample indices count from `rank * batch`; see blocks.py for what depends on what.
+    `stream` sets apart makers of one seed. Sample indices count from `rank * batch`; see
+    blocks.py for what depends on what.
     """
 
     groups: tuple[Blocks, ...]
     grid: Grid
     batch: int
     seed: int
+    stream: int = 0
     rank: int = 0
     weigh: bool = True
     offset: bool = False
@@ -81,7 +83,7 @@ class MaskMaker:
     def _group(self, blocks: Blocks, step: int, group: int) -> tuple[Tensor, Tensor]:
         hidden = covered(
             blocks, self.grid, seed=self.seed, step=step, rank=self.rank,
-            samples=range(self.batch), group=group,
+            samples=range(self.batch), group=group, stream=self.stream,
         ).reshape(self.batch, -1)  # fmt: skip
         context = _truncated(~hidden, blocks.max_keep)
         predict = _truncated(hidden)

@@ -37,19 +37,21 @@ class Blocks:
     inv_block: bool = False
 
 
-def _generator(seed: int, stream: int, *counter: int) -> np.random.Generator:
+def _generator(seed: int, kind: int, stream: int, *counter: int) -> np.random.Generator:
     # The lowest counter word is Philox's own; three words of 64 bits are left to name the draw.
     words = np.zeros(4, dtype=np.uint64)
     words[1 : 1 + len(counter)] = counter
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=words))
+    return np.random.Generator(np.random.Philox(key=[seed, kind + 2 * stream], counter=words))
 
 
-def block_size(blocks: Blocks, grid: Grid, *, seed: int, step: int, group: int) -> Grid:
+def block_size(
+    blocks: Blocks, grid: Grid, *, seed: int, step: int, group: int, stream: int = 0
+) -> Grid:
     """The one block size (t, h, w) of a batch, the same on every rank.
 
     Raises ValueError if the drawn block has no tokens (a scale too small for the grid).
     """
-    u_t, u_s, u_a = _generator(seed, _SIZES, step, group).random(3)
+    u_t, u_s, u_a = _generator(seed, _SIZES, stream, step, group).random(3)
     t = max(1, int(grid[0] * _between(blocks.temporal_scale, u_t)))
     keep = int(grid[1] * grid[2] * _between(blocks.spatial_scale, u_s))
     aspect = _between(blocks.aspect_ratio, u_a)
@@ -76,6 +78,7 @@ def covered(
     rank: int,
     samples: Sequence[int],
     group: int,
+    stream: int = 0,
 ) -> NDArray[np.bool_]:
     """Tokens under the union of each sample's blocks: bool [B, T, H, W], some token of each left
     free.
@@ -83,11 +86,11 @@ def covered(
     Tokens of frames beyond `max_temporal_keep` count as covered. Samples without context are
     drawn again. Raises ValueError if no draw leaves context.
     """
-    size = block_size(blocks, grid, seed=seed, step=step, group=group)
+    size = block_size(blocks, grid, seed=seed, step=step, group=group, stream=stream)
     room = np.array([side - s + 1 for side, s in zip(grid, size, strict=True)])
     late = np.arange(grid[0]) >= max(1, int(grid[0] * blocks.max_temporal_keep))
     generators = [
-        _generator(seed, _PLACES, step, group, rank * 2**32 + sample) for sample in samples
+        _generator(seed, _PLACES, stream, step, group, rank * 2**32 + sample) for sample in samples
     ]
     out = np.empty((len(samples), *grid), dtype=np.bool_)
     todo = np.arange(len(samples))

@@ -126,10 +126,11 @@ class _AttentionHalf(torch.autograd.Function):
         for segment, table, qkv, lse in zip(
             ctx.segments, tables, kept[::2], kept[1::2], strict=True
         ):
-            dq, dk, dv = flash_backward(
-                segment.rows(dmixed_RHC).transpose(1, 2).to(qkv.dtype), *qkv,
-                segment.rows(mixed_RHC).transpose(1, 2).to(qkv.dtype), lse,
-            )  # fmt: skip
+            q, k, v = qkv
+            dmixed, mixed = (
+                segment.rows(t).transpose(1, 2).to(q.dtype) for t in (dmixed_RHC, mixed_RHC)
+            )
+            dq, dk, dv = flash_backward(dmixed, q, k, v, mixed, lse)
             back = as_factor(table, inverse=True)[:, None]
             dqkv = segment.rows(dqkv_R3HC)
             rotate_into(dq, back, dqkv[:, :, 0].transpose(1, 2))

@@ -1,0 +1,243 @@
+"""The wiring diagram: a validated recipe to every object of a run, top to bottom. Only this file
+reads it.
+
+    trainer = build(load_recipe("configs/demo.yaml"))
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastjepa.checkpoint import claim_run_folder
+from fastjepa.config.load import dump_recipe
+from fastjepa.config.resolve import Resolved, Stream, resolve
+from fastjepa.config.schema import MaskGroup, Recipe, Source
+from fastjepa.data.loader import Loader
+from fastjepa.data.manifest import read_manifest
+from fastjepa.data.quarantine import Quarantine
+from fastjepa.masking.batch import MaskMaker
+from fastjepa.masking.blocks import Blocks
+from fastjepa.model import Encoder, Predictor
+from fastjepa.objective.dense_loss import Objective
+from fastjepa.observe.console import Console
+from fastjepa.presets import default_levels
+from fastjepa.train.engine import TorchEngine
+from fastjepa.train.guard import LossGuard
+from fastjepa.train.loop import Trainer
+from fastjepa.train.plan import Modality, StepPlan
+from fastjepa.train.state import load_initial, resume
+from fastjepa.train.step import Jepa
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build(recipe: Recipe, console: Console | None = None) -> Trainer:
+    """A trainer ready to run, resumed from the run folder's newest checkpoint if it has one.
+
+    Raises RecipeError, ManifestError, CheckpointError (all ValueErrors) before any work is lost.
+    """
+    console = console or Console()
+    resolved = resolve(recipe)
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    device = device_of(recipe.engine.device)
+    streams = _streams(resolved)
+    loaders = {m: _loader(recipe, m, stream, device) for m, stream in streams.items()}
+    _claim(recipe, resolved, console)
+
+    torch.manual_seed(recipe.run.seed)
+    jepa = build_jepa(recipe, resolved, device)
+    engine = TorchEngine(
+        encoder=jepa.encoder,
+        predictor=jepa.predictor,
+        target=jepa.target,
+        dtype=DTYPES[recipe.engine.dtype],
+        weight_decay=recipe.optim.weight_decay,
+        betas=recipe.optim.betas,
+        eps=recipe.optim.eps,
+        clip=recipe.optim.clip,
+    )
+    guard = LossGuard(
+        sigma=recipe.guard.sigma,
+        window=recipe.guard.window,
+        start=resolved.guard_start,
+        device=device,
+    )
+    folder = recipe.run.folder
+    checkpoint = resume(folder, jepa, engine, guard)
+    if checkpoint is not None:
+        console.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
+    elif recipe.train.init_from is not None:
+        parts = load_initial(recipe.train.init_from, jepa)
+        console.say(f"initial {', '.join(parts)} from {recipe.train.init_from}")
+    return Trainer(
+        jepa=jepa,
+        engine=engine,
+        guard=guard,
+        plan=_plan(recipe, resolved),
+        loaders=loaders,
+        quarantine=Quarantine(
+            folder / "quarantine.jsonl",
+            recipe.data.max_bad_share,
+            sum(loader.num_files for loader in loaders.values()),
+        ),
+        tokens={m: stream.tokens for m, stream in streams.items()},
+        folder=folder,
+        facts={"model": encoder_sizes(recipe, resolved), "predictor": asdict(resolved.predictor)},
+        console=console,
+        log_every=recipe.train.log_every,
+        checkpoint_every=recipe.train.checkpoint_every,
+        keep_checkpoints=recipe.train.keep_checkpoints,
+        max_skips=recipe.guard.max_skips,
+        step=0 if checkpoint is None else checkpoint.step,
+        wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` is CUDA where there is a device; ValueError for `cuda` without one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "engine.device: cuda asked for, but PyTorch finds no CUDA device; auto fits"
+        )
+    return torch.device(name)
+
+
+def encoder_sizes(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
+    """Keyword arguments that rebuild the encoder; `levels` are all of its norms', supervised or
+    not."""
+    size = resolved.encoder
+    return {
+        "width": size.width,
+        "depth": size.depth,
+        "heads": size.heads,
+        "mlp_width": size.mlp_width,
+        "levels": list(recipe.model.levels or default_levels(size.depth)),
+        "patch": recipe.model.patch,
+        "tubelet": recipe.model.tubelet,
+        "interpolate_rope": recipe.model.interpolate_rope,
+    }
+
+
+def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa:
+    """Context encoder, predictor and target encoder (a copy of the first), with their objective."""
+    shared: dict[str, Any] = {
+        "checkpointing": recipe.model.checkpointing,
+        "attention": recipe.model.attention,
+    }
+    sizes = encoder_sizes(recipe, resolved)
+    levels = resolved.encoder.levels
+    encoder = Encoder(**sizes, **shared).to(device)
+    predictor = Predictor(
+        encoder_width=encoder.width,
+        num_levels=len(levels),
+        width=resolved.predictor.width,
+        depth=resolved.predictor.depth,
+        heads=resolved.predictor.heads,
+        mlp_width=resolved.predictor.mlp_width,
+        num_mask_tokens=recipe.model.predictor.mask_tokens,
+        patch=recipe.model.patch,
+        interpolate_rope=recipe.model.interpolate_rope,
+        **shared,
+    ).to(device)
+    target = Encoder(**sizes, **shared).to(device)
+    target.load_state_dict(encoder.state_dict())
+    objective = Objective(
+        level_weights=resolved.level_weights,
+        exponent=recipe.objective.loss_exp,
+        normalize_prediction=recipe.objective.normalize_predictor,
+    )
+    return Jepa(encoder, predictor, target, objective, levels, levels)
+
+
+def mask_maker(recipe: Recipe, modality: Modality, stream: Stream) -> MaskMaker:
+    """The masks of one modality's batches."""
+    groups: tuple[MaskGroup, ...] = getattr(recipe.masks, modality)
+    return MaskMaker(
+        groups=tuple(Blocks(**group.model_dump()) for group in groups),
+        grid=stream.grid,
+        batch=stream.clips,
+        seed=recipe.run.seed,
+        stream=_stream_number(modality),
+        weigh=recipe.objective.dense and recipe.objective.distance_weights,
+        offset=recipe.objective.offset,
+    )
+
+
+def _streams(resolved: Resolved) -> dict[Modality, Stream]:
+    both: tuple[tuple[Modality, Stream | None], ...] = (
+        ("video", resolved.video),
+        ("image", resolved.image),
+    )
+    return {modality: stream for modality, stream in both if stream is not None}
+
+
+def _stream_number(modality: Modality) -> int:
+    """Videos and images draw from random streams of their own."""
+    return ("video", "image").index(modality)
+
+
+def _loader(recipe: Recipe, modality: Modality, stream: Stream, device: torch.device) -> Loader:
+    data = recipe.data
+    sources: tuple[Source, ...] = getattr(data, modality)
+    return Loader(
+        datasets=[(read_manifest(source.path), source.weight) for source in sources],
+        batch=stream.clips,
+        frames=stream.frames,
+        fps=data.fps,
+        crop=stream.crop,
+        scale=data.augment.scale,
+        aspect=data.augment.aspect,
+        flip=data.augment.flip,
+        seed=recipe.run.seed,
+        stream=_stream_number(modality),
+        workers=data.workers,
+        prefetch=data.prefetch,
+        max_bad_share=data.max_bad_share,
+        extras=mask_maker(recipe, modality, stream),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _claim(recipe: Recipe, resolved: Resolved, console: Console) -> None:
+    """Take the run folder for this recipe and record what it comes to."""
+    text = dump_recipe(recipe)
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    changed = claim_run_folder(recipe.run.folder, fingerprint, text)
+    if changed:
+        console.say(f"note: other than in the folder's recipe: {', '.join(changed)}")
+    _write_json(recipe.run.folder / "resolved.json", asdict(resolved))
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _plan(recipe: Recipe, resolved: Resolved) -> StepPlan:
+    optim = recipe.optim
+    return StepPlan(
+        steps=resolved.steps,
+        accumulate=optim.accumulate,
+        mix=recipe.data.mix,
+        image_share=resolved.image_share,
+        context_weights={m: stream.context_weight for m, stream in _streams(resolved).items()},
+        ramp=resolved.ramp,
+        shape=optim.schedule,
+        start_lr=optim.start_lr,
+        peak_lr=optim.lr,
+        final_lr=optim.final_lr,
+        warmup=resolved.warmup,
+        horizon=resolved.horizon,
+        start_decay=optim.weight_decay,
+        final_decay=optim.final_weight_decay,
+        start_momentum=resolved.momentum,
+        final_momentum=resolved.final_momentum,
+    )

@@ -1,0 +1,198 @@
+"""The command line: `fastjepa COMMAND --help`. A mistake of the user is one line and exit code
+2."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Pretrain V-JEPA 2.1 and use its dense features.",
+)  # fmt: skip
+config_app = typer.Typer(no_args_is_help=True, help="Look at recipes, and import official ones.")
+app.add_typer(config_app, name="config")
+
+RecipePath = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted overrides")
+]
+
+
+@app.command()
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Pretrain; goes on by itself from the run folder's newest checkpoint."""
+    from fastjepa.build import build
+    from fastjepa.config.load import load_recipe
+    from fastjepa.observe.console import Console
+    from fastjepa.train.signals import stop_on_signals
+
+    chosen = load_recipe(recipe, overrides or [])
+    console = Console()
+    with stop_on_signals() as stop:
+        trainer = build(chosen, console)
+        if trainer.step >= trainer.plan.steps:
+            console.say(
+                f"{trainer.folder} holds all {trainer.plan.steps} steps of this recipe already; "
+                "train.steps=N trains longer, run.folder=FOLDER starts anew"
+            )
+            finished = True
+        else:
+            finished = trainer.run(stop)
+    again = " ".join(["fastjepa train", str(recipe), *(overrides or [])])
+    if not finished:
+        console.say(f"stopped by {stop.name} after step {trainer.step}, saved; to go on: {again}")
+        return
+    if chosen.observe.pictures:
+        from fastjepa.pictures import draw
+
+        for path, about in draw(trainer):
+            console.say(f"{path}: {about}")
+    folder = trainer.folder
+    console.say(f"{folder}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/latest")
+    console.say(f"next: fastjepa features {folder} YOUR_VIDEOS --out features")
+    console.say(f"      fastjepa train {recipe} run.folder=runs/mine data.video=FOLDER_OF_VIDEOS")
+
+
+@app.command()
+def features(
+    model: Annotated[
+        Path, typer.Argument(help="run folder, checkpoint, .safetensors or official .pt")
+    ],
+    sources: Annotated[list[str], typer.Argument(help="files, folders, globs or manifests")],
+    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("features"),
+    levels: Annotated[
+        str | None, typer.Option(help="block indices such as 5,11; last if left out")
+    ] = None,
+    size: Annotated[int, typer.Option(help="short side in pixels")] = 256,
+    frames: Annotated[int, typer.Option(help="frames of a video's clip")] = 16,
+    fps: Annotated[float, typer.Option(help="frames a second")] = 4.0,
+    batch: Annotated[int, typer.Option(help="files at once")] = 4,
+    format: Annotated[str, typer.Option(help="safetensors or npy")] = "safetensors",
+    overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Write dense features [T', H', W', D] of videos and images."""
+    from fastjepa.build import device_of
+    from fastjepa.features.run import extract_files, load_encoder
+
+    encoder, _ = load_encoder(model)
+    bad = 0
+    for source, paths, shape in extract_files(
+        encoder, sources, out,
+        levels=None if levels is None else _numbers("--levels", levels),
+        size=size, frames=frames, fps=fps, batch=batch, form=format,  # type: ignore[arg-type]
+        overwrite=overwrite, device=device_of(device),
+    ):  # fmt: skip
+        if paths:
+            typer.echo(f"{source} -> {', '.join(map(str, paths))} {list(shape)}")
+        else:
+            bad += 1
+            typer.echo(f"warning: skipped {source}: it cannot be read", err=True)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def parity(
+    file: Annotated[
+        Path, typer.Argument(help="a golden step, such as tests/golden/video.safetensors")
+    ],
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16")] = "float32",
+    attention: Annotated[str, typer.Option(help="auto, sdpa or math")] = "auto",
+    tolerance: Annotated[float, typer.Option(help="largest relative error that passes")] = 1e-5,
+) -> None:
+    """Run one step of the official code's golden file with ours and compare every tensor."""
+    from fastjepa.build import device_of
+    from fastjepa.parity import check
+
+    report = check(
+        file, device=str(device_of(device)), dtype=dtype, attention=attention, tolerance=tolerance
+    )
+    for line in report.lines():
+        typer.echo(line)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """What of the stack is installed, which backend each part will use and why, and self-tests."""
+    from rich.console import Console
+
+    from fastjepa.doctor import as_table, examine, healthy
+
+    findings = examine()
+    Console().print(as_table(findings))
+    if not healthy(findings):
+        raise typer.Exit(1)
+
+
+@config_app.command("show")
+def config_show(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
+) -> None:
+    """Every number that follows from a recipe: tokens, levels, steps, parameters, FLOPs, memory."""
+    from rich.console import Console
+
+    from fastjepa.config.load import load_recipe
+    from fastjepa.config.resolve import resolve
+    from fastjepa.explain import as_table, explain
+
+    chosen = load_recipe(recipe, overrides or [])
+    sections = explain(chosen, resolve(chosen))
+    if as_json:
+        typer.echo(json.dumps({s.title: dict(s.rows) for s in sections}, indent=1))
+    else:
+        Console().print(as_table(sections))
+
+
+@config_app.command("import")
+def config_import(
+    official: Annotated[Path, typer.Argument(help="an official V-JEPA 2 or 2.1 training YAML")],
+    out: Annotated[Path | None, typer.Option(help="where to write the recipe")] = None,
+) -> None:
+    """Turn an official YAML into a recipe; each key is reported as kept, renamed or ignored."""
+    from fastjepa.config.from_vjepa2 import import_official
+    from fastjepa.config.load import dump_recipe
+
+    recipe, reports = import_official(official)
+    for report in reports:
+        arrow = f" -> {report.ours} = {report.ours_value}" if report.ours else ""
+        reason = f" ({report.reason})" if report.reason else ""
+        typer.echo(
+            f"{report.status:8} {report.key} = {report.value}{arrow}{reason}", err=out is None
+        )
+    text = dump_recipe(recipe)
+    if out is None:
+        typer.echo(text, nl=False)
+    elif out.exists():
+        raise ValueError(f"--out {out}: exists already; choose another name")
+    else:
+        out.write_text(text, encoding="utf-8")
+        typer.echo(f"wrote {out}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers such as 5,11, got {text!r}") from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; ValueError and OSError end it with their message and exit code 2."""
+    try:
+        app(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

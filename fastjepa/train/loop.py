@@ -1,0 +1,197 @@
+"""The run around the step: data in, metrics and checkpoints out, from the first step or from a
+checkpoint.
+
+Resuming needs only the step: the plan gives the place in the data, the loaders start there.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastjepa.data.augment import normalise
+from fastjepa.data.batch import Batch, BatchSource
+from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
+from fastjepa.masking.batch import Masks
+from fastjepa.objective.diagnosis import HealthWatch
+from fastjepa.observe.console import Console
+from fastjepa.observe.memory import read_memory
+from fastjepa.observe.sinks import Sinks, read_metrics
+from fastjepa.observe.throughput import Throughput
+from fastjepa.train.engine import TorchEngine
+from fastjepa.train.guard import LossGuard
+from fastjepa.train.plan import Modality, StepPlan
+from fastjepa.train.report import Probe, on_host, step_metrics
+from fastjepa.train.signals import StopRequest
+from fastjepa.train.state import save
+from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
+
+
+class RunStoppedError(ValueError):
+    """The run cannot go on: too many skipped steps in a row."""
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, wired by build.py; `run` goes from `step` to the plan's end."""
+
+    jepa: Jepa
+    engine: TorchEngine
+    guard: LossGuard
+    plan: StepPlan
+    loaders: Mapping[Modality, BatchSource]
+    quarantine: Quarantine
+    tokens: Mapping[Modality, int]
+    folder: Path
+    facts: dict[str, Any]
+    console: Console
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    max_skips: int
+    step: int = 0
+    wandb_project: str | None = None
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train until the plan's end (True) or until a signal asks to stop (False), saved either
+        way.
+
+        Raises TooManyBadFiles, WorkerDiedError, CheckpointError, or RunStoppedError; the last
+        checkpoint stands then.
+        """
+        watch = self._health_so_far()
+        probe = Probe(self.jepa, self.probe_clip(next(iter(self.loaders))))
+        meter = Throughput()
+        batches = {
+            modality: loader.batches(
+                self.plan.position(self.step, modality),
+                self.plan.position(self.plan.steps, modality),
+            )
+            for modality, loader in self.loaders.items()
+        }
+        saved = self.step
+        with Sinks.open(self.folder, self.step, wandb_project=self.wandb_project) as sinks:
+            self.console.start(self.plan.steps, self.step)
+            try:
+                while self.step < self.plan.steps and stop.name is None:
+                    logged = (self.step + 1) % self.log_every == 0 or self.step == 0
+                    report = self._train_step(batches, meter, logged)
+                    self.step += 1
+                    if logged or self.step == self.plan.steps:
+                        metrics = self._metrics(report, probe, meter)
+                        sinks.write(metrics)
+                        self.console.update(metrics)
+                        for warning in watch.update(metrics):
+                            self.console.warn(warning)
+                        self._check_skips(metrics)
+                    else:
+                        self.console.update({"step": self.step})
+                    if self.step % self.checkpoint_every == 0:
+                        with meter.paused():
+                            self.save()
+                        saved = self.step
+            finally:
+                self.console.close()
+                for loader in self.loaders.values():
+                    loader.close()
+            if saved != self.step:
+                self.save()
+        return self.step == self.plan.steps
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return save(
+            self.folder,
+            self.step,
+            self.jepa,
+            self.engine,
+            self.guard,
+            self.facts,
+            self.keep_checkpoints,
+        )
+
+    def probe_clip(self, modality: Modality) -> torch.Tensor:
+        """The fixed clip that health and pictures are taken on: [1, 3, T, H, W], normalised."""
+        clip = self.loaders[modality].batch_at(0).clip[:1]
+        return normalise(clip.to(self.engine.device))
+
+    def _train_step(
+        self, batches: Mapping[Modality, Iterator[Batch]], meter: Throughput, norms: bool
+    ) -> StepReport:
+        clips = tokens = 0
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            nonlocal clips, tokens
+            for draw in self.plan.draws(self.step):
+                with meter.waiting():
+                    batch = self._next(batches[draw.modality])
+                assert isinstance(batch.extras, Masks)
+                clips += len(batch.clip)
+                tokens += len(batch.clip) * self.tokens[draw.modality]
+                device = self.engine.device
+                yield MicroBatch(
+                    clip=normalise(batch.clip.to(device, non_blocking=True)),
+                    masks=batch.extras.to(device),
+                    share=draw.share,
+                    context_weight=self.plan.context_weight(self.step, draw.modality),
+                )
+
+        report = train_step(
+            self.jepa, self.engine, self.guard, micro_batches(),
+            step=self.step, lr=self.plan.lr(self.step), weight_decay=self.plan.decay(self.step),
+            momentum=self.plan.momentum(self.step), norms_by_part=norms,
+        )  # fmt: skip
+        meter.step(clips=clips, tokens=tokens)
+        return report
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        try:
+            batch = next(batches)
+        except TooManyBadFiles as error:
+            self._note(error.bad)
+            raise
+        self._note(batch.bad)
+        return batch
+
+    def _note(self, bad: list[tuple[str, str]]) -> None:
+        for path, reason in self.quarantine.add(bad):
+            self.console.warn(f"skipped {path}: {reason} ({len(self.quarantine)} bad so far)")
+
+    def _metrics(self, report: StepReport, probe: Probe, meter: Throughput) -> dict[str, float]:
+        done = self.step - 1
+        draws = self.plan.draws(done)
+        found = step_metrics(report, self.jepa.levels, [draw.share for draw in draws])
+        found |= probe.metrics() | {"skipped": self.guard.skipped}
+        metrics = on_host(found) | meter.read()
+        total = sum(draw.share for draw in draws)
+        weight = sum(d.share * self.plan.context_weight(done, d.modality) for d in draws) / total
+        return metrics | {
+            "step": self.step,
+            "context_weight": weight,
+            "lr": self.plan.lr(done),
+            "weight_decay": self.plan.decay(done),
+            "ema_momentum": self.plan.momentum(done),
+            "image_share": sum(d.share for d in draws if d.modality == "image") / total,
+            "memory_gib": read_memory(self.engine.device).main,
+        }
+
+    def _check_skips(self, metrics: Mapping[str, float]) -> None:
+        in_a_row = int(self.guard.skipped_in_a_row)
+        if in_a_row > self.max_skips:
+            raise RunStoppedError(
+                f"step {self.step}: {in_a_row} steps in a row were skipped (guard.max_skips "
+                f"{self.max_skips}); the last loss was {metrics['loss']:g}; a lower optim.lr or "
+                "optim.clip may help"
+            )
+
+    def _health_so_far(self) -> HealthWatch:
+        """A watch that has seen the logged steps of the run so far."""
+        watch = HealthWatch()
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            for row in read_metrics(path):
+                if row["step"] <= self.step:
+                    watch.update(row)
+        return watch
