@@ -3,7 +3,7 @@
     sections = explain(recipe, resolve(recipe))
     print(as_text(sections))
 
-Nothing is built or opened: sizes follow from the recipe, token counts from masks drawn for it.
+Nothing is built, and no data is opened. estimate.py works out the costs; here they get words.
 """
 
 import json
@@ -12,26 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from fastjepa.config.resolve import Resolved, Stream
 from fastjepa.config.schema import MaskGroup, Recipe, Source
-from fastjepa.masking.batch import MaskMaker, mean_counts
-from fastjepa.masking.blocks import Blocks
-from fastjepa.observe.flops import (
-    EncoderNumbers,
-    PredictorNumbers,
-    StepFlops,
-    TokenNumbers,
-    encoder_parameters,
-    predictor_parameters,
-    step_flops,
-)
-from fastjepa.observe.footprint import Footprint, step_footprint
+from fastjepa.estimate import DRAWN_STEPS, Estimate, Part, estimate
 from fastjepa.optim.schedules import ema_momentum, learning_rate, weight_decay
-
-# Steps whose masks are drawn for the mean token counts.
-DRAWN_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -40,97 +27,6 @@ class Section:
 
     title: str
     rows: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One modality's forward and backward: mean tokens a clip by mask group, and their cost.
-
-    `passes` is how many of them an optimizer step holds, on average where steps alternate.
-    """
-
-    context: tuple[float, ...]
-    predicted: tuple[float, ...]
-    passes: float
-    flops: StepFlops
-    memory: Footprint
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Parameters, and what a step costs: `flops` of an optimizer step, `memory` in bytes.
-
-    `memory` is the larger of the two modalities': they run one after the other.
-    """
-
-    encoder_parameters: int
-    predictor_parameters: int
-    video: Part | None
-    image: Part | None
-    flops: float
-    memory: Footprint
-
-
-def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
-    """The numbers behind `explain`. Raises ValueError where masks leave no context or no
-    predictions."""
-    size, model = resolved.encoder, recipe.model
-    encoder = EncoderNumbers(
-        size.width, size.depth, size.heads, size.mlp_width, len(size.levels),
-        model.patch, model.tubelet,
-    )  # fmt: skip
-    shape, levels = resolved.predictor, len(size.levels)
-    predictor = PredictorNumbers(
-        shape.width, shape.depth, shape.heads, shape.mlp_width,
-        in_width=size.width, in_levels=levels, out_width=levels * size.width,
-        mask_tokens=model.predictor.mask_tokens,
-    )  # fmt: skip
-
-    def part(stream: Stream | None, groups: Sequence[MaskGroup]) -> Part | None:
-        if stream is None:
-            return None
-        maker = MaskMaker(
-            tuple(Blocks(**group.model_dump()) for group in groups),
-            stream.grid, stream.clips, recipe.run.seed, weigh=False,
-        )  # fmt: skip
-        counts = mean_counts(maker, range(DRAWN_STEPS))
-        context, predicted = tuple(c for c, _ in counts), tuple(p for _, p in counts)
-        tokens = TokenNumbers(
-            stream.tokens,
-            tuple(int(c) for c in context),
-            tuple(min(round(p), stream.tokens - int(c)) for c, p in counts),
-            image=stream.frames == 1,
-        )
-        share = stream.share if recipe.data.mix == "alternate" else 1.0
-        return Part(
-            context,
-            predicted,
-            share * recipe.optim.accumulate,
-            step_flops(
-                encoder, predictor, tokens, batch=stream.clips, checkpointing=model.checkpointing
-            ),
-            step_footprint(
-                encoder,
-                predictor,
-                tokens,
-                batch=stream.clips,
-                value_bytes=2 if recipe.engine.dtype == "bfloat16" else 4,
-                checkpointing=model.checkpointing,
-                scores=model.attention == "math",
-            ),
-        )
-
-    video = part(resolved.video, recipe.masks.video)
-    image = part(resolved.image, recipe.masks.image)
-    parts = [p for p in (video, image) if p]
-    return Estimate(
-        encoder_parameters(encoder),
-        predictor_parameters(predictor),
-        video,
-        image,
-        math.fsum(p.passes * p.flops.total for p in parts),
-        max((p.memory for p in parts), key=lambda memory: memory.total),
-    )
 
 
 def explain(recipe: Recipe, resolved: Resolved) -> list[Section]:
@@ -168,7 +64,7 @@ def as_table(sections: Sequence[Section]) -> RenderableType:
         table.add_column(style="cyan", min_width=width, no_wrap=True)
         table.add_column(overflow="fold")
         for row in section.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+            table.add_row(*map(escape, row))
         tables.append(table)
     return Group(*tables)
 
@@ -318,7 +214,7 @@ def _optimizer_step(recipe: Recipe, resolved: Resolved) -> Rows:
     if mixed and recipe.data.mix == "alternate":
         yield (
             "mix",
-            f"alternate: {resolved.image_share:.3g} of the steps are of images, the others of videos",
+            f"alternate: {resolved.image_share:.3g} of the steps on images, the others on videos",
         )
     elif mixed:
         yield "mix", "accumulate: a video and an image batch in each step"

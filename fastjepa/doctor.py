@@ -1,0 +1,310 @@
+"""What of the stack is here, which backend each part uses and why, and whether it works.
+
+    findings = examine()
+    print(as_text(findings)); sys.exit(0 if healthy(findings) else 1)
+
+Every package that is installed is imported in a process of its own, so that a broken one is
+reported and hurts nothing. The self-tests are in selftest.py.
+"""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import torch
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+OLDEST_TORCH = (2, 11)
+# An import that takes longer than this many seconds counts as broken.
+_PATIENCE = 60.0
+_VIDEO_CODECS = ("h264", "hevc", "vp9", "av1")
+_STYLES = {"ok": "green", "absent": "dim", "problem": "bold red"}
+
+State = Literal["ok", "absent", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination, under the heading `group`."""
+
+    name: str
+    state: State
+    detail: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Package:
+    """A library, under the names of its distributions.
+
+    `needed` has to be there, `used` is for a part that can be done without, `unused` is planned.
+    """
+
+    name: str
+    module: str
+    distributions: tuple[str, ...]
+    purpose: str
+    role: Literal["needed", "used", "unused"] = "used"
+    install: str = ""
+
+
+_UNUSED = "no part of fastjepa uses it yet"
+_TRAIN = "pip install 'fastjepa[train]'"
+_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+
+PACKAGES = (
+    Package("PyAV", "av", ("av",), "decodes videos", "needed", "pip install av"),
+    Package("Pillow", "PIL", ("pillow",), "decodes images", "needed", "pip install pillow"),
+    Package(
+        "safetensors", "safetensors", ("safetensors",), "holds weights", "needed",
+        "pip install safetensors",
+    ),
+    Package("tensorboard", "tensorboard", ("tensorboard",), "training needs it", install=_TRAIN),
+    Package("psutil", "psutil", ("psutil",), "training needs it", install=_TRAIN),
+    Package("matplotlib", "matplotlib", ("matplotlib",), "draws a run's curves", install=_TRAIN),
+    Package("pyarrow", "pyarrow", ("pyarrow",), "reads Parquet manifests", install=_TRAIN),
+    Package(
+        "wandb", "wandb", ("wandb",), "takes metrics where observe.wandb is true",
+        install="pip install wandb",
+    ),
+    Package("triton", "triton", ("triton", "triton-rocm", "triton-xpu"), _UNUSED, "unused"),
+    Package("flash-attn", "flash_attn", ("flash-attn",), _UNUSED, "unused"),
+    Package("xformers", "xformers", ("xformers",), _UNUSED, "unused"),
+    Package("deepspeed", "deepspeed", ("deepspeed",), _UNUSED, "unused"),
+    Package("DALI", "nvidia.dali", _DALI, _UNUSED, "unused"),
+)  # fmt: skip
+
+
+def examine() -> list[Finding]:
+    """Look at everything and run the self-tests; takes seconds and raises nothing."""
+    imports = {package.name: _start_import(package) for package in PACKAGES}
+    return [
+        *_platform(),
+        *(_package(package, imports[package.name]) for package in PACKAGES),
+        _codecs(),
+        *_backends(),
+        *_self_tests(),
+    ]
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+    """Whether nothing is a problem; what is merely absent is none."""
+    return all(finding.state != "problem" for finding in findings)
+
+
+def as_table(findings: Sequence[Finding]) -> RenderableType:
+    """For a terminal: a titled table for each group."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    tables = []
+    for group in dict.fromkeys(finding.group for finding in findings):
+        table = Table(title=group, title_justify="left", show_header=False, box=None)
+        table.add_column(style="cyan", min_width=width, no_wrap=True)
+        table.add_column(min_width=len("problem"), no_wrap=True)
+        table.add_column(overflow="fold")
+        for finding in findings:
+            if finding.group == group:
+                style = _STYLES[finding.state]
+                state = f"[{style}]{finding.state}[/]"
+                table.add_row(escape(finding.name), state, escape(finding.detail))
+        tables.append(table)
+    return Group(*tables)
+
+
+def as_text(findings: Sequence[Finding]) -> str:
+    """For a pipe or a file: one line a finding, never wrapped."""
+    width = max((len(finding.name) for finding in findings), default=0)
+    lines = []
+    for group in dict.fromkeys(finding.group for finding in findings):
+        lines += [group]
+        lines += [
+            f"  {finding.name:<{width}}  {finding.state:<7}  {finding.detail}"
+            for finding in findings
+            if finding.group == group
+        ]
+    return "\n".join(lines)
+
+
+def _stack(name: str, state: State, detail: str) -> Finding:
+    return Finding(name, state, detail, "stack")
+
+
+def _platform() -> Iterator[Finding]:
+    yield _stack("Python", "ok", f"{platform.python_version()} on {platform.platform(terse=True)}")
+    yield _torch()
+    found = {
+        "oneDNN": torch.backends.mkldnn.is_available(),
+        "MKL": torch.backends.mkl.is_available(),
+    }
+    for name, here in found.items():
+        detail = "built into this torch" if here else "not built into this torch: slower products"
+        yield _stack(name, "ok" if here else "absent", detail)
+    yield from _cuda()
+
+
+def _torch() -> Finding:
+    number = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    build = "for CPUs only"
+    if torch.version.cuda:
+        build = f"for CUDA {torch.version.cuda}"
+    elif torch.version.hip:
+        build = f"for ROCm {torch.version.hip}"
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    about = (
+        f"{torch.__version__}, built {build}; {threads} threads of {cores} logical cores, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    )
+    if number < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        return _stack("torch", "problem", f"{about}; expected at least {oldest}")
+    return _stack("torch", "ok", about)
+
+
+def _cuda() -> Iterator[Finding]:
+    if not torch.cuda.is_available():
+        why = "no device is seen" if torch.version.cuda else "this torch is built without CUDA"
+        yield _stack("CUDA", "absent", f"{why}: training runs on the CPU")
+        return
+    for device in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(device)
+        yield _stack(
+            f"CUDA device {device}",
+            "ok",
+            f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {facts.major}.{facts.minor}",
+        )
+
+
+def _start_import(package: Package) -> "subprocess.Popen[str] | None":
+    """A process that imports `package`; None when nothing of it is installed."""
+    if _version(package) is None and not _can_be_found(package.module):
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import {package.module}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
+def _package(package: Package, imported: "subprocess.Popen[str] | None") -> Finding:
+    if imported is None:
+        state: State = "problem" if package.role == "needed" else "absent"
+        detail = f"{package.purpose}: {package.install}" if package.install else package.purpose
+        return _stack(package.name, state, detail)
+    number = _version(package) or "of unknown version"
+    complaint = _complaint(imported)
+    if complaint is None:
+        return _stack(package.name, "ok", f"{number}; {package.purpose}")
+    state = "absent" if package.role == "unused" else "problem"
+    detail = f"{number} is installed but cannot be imported ({complaint}); {package.purpose}"
+    return _stack(package.name, state, detail)
+
+
+def _complaint(imported: "subprocess.Popen[str]") -> str | None:
+    """Why the import failed, or None once it has succeeded."""
+    try:
+        _, errors = imported.communicate(timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        imported.kill()
+        imported.communicate()
+        return f"more than {_PATIENCE:.0f} s"
+    if imported.returncode == 0:
+        return None
+    return (errors.strip().splitlines() or [f"exit code {imported.returncode}"])[-1]
+
+
+def _version(package: Package) -> str | None:
+    for distribution in package.distributions:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _can_be_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _codecs() -> Finding:
+    try:
+        import av
+    except (ImportError, OSError) as error:
+        return _stack("video codecs", "problem", f"PyAV cannot be imported: {error}")
+    decoded = [name for name in _VIDEO_CODECS if _decodes(name)]
+    missing = [name for name in _VIDEO_CODECS if name not in decoded]
+    state: State = "problem" if "h264" in missing else "ok"
+    lacks = f"; not decoded: {', '.join(missing)}" if missing else ""
+    detail = f"FFmpeg {av.ffmpeg_version_info} decodes {', '.join(decoded) or 'none'}{lacks}"
+    return _stack("video codecs", state, detail)
+
+
+def _decodes(name: str) -> bool:
+    import av
+
+    try:
+        av.Codec(name, "r")
+    except av.codec.codec.UnknownCodecError:
+        return False
+    return True
+
+
+def _backends() -> Iterator[Finding]:
+    """What a run with `auto` everywhere uses, and why."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = "the CUDA device, because one is seen (engine.device: auto)"
+        attention = (
+            "scaled_dot_product_attention, because the device is CUDA: PyTorch takes flash where "
+            "it can"
+        )
+        products = "cuBLAS, because the device is CUDA"
+    else:
+        device = "the CPU, because no CUDA device is seen (engine.device: auto)"
+        attention = (
+            "PyTorch's flash kernel for CPUs inside a hand-written block (model/block_cpu.py), "
+            "because the device is a CPU"
+        )
+        onednn = torch.backends.mkldnn.is_available()
+        products = (
+            "oneDNN, and MKL for the weights' gradients, because this torch has oneDNN"
+            if onednn
+            else "plain products, because this torch has no oneDNN"
+        )
+    chosen = {
+        "device": device,
+        "attention": f"{attention}; model.attention: math takes the plain formula",
+        "matrix products": products,
+        "ops": "PyTorch, because no Triton kernel is built into fastjepa yet",
+        "decoder": "PyAV on the CPU, in worker processes, because no other is built in yet",
+        "engine": "torch in one process, because no other is built in yet",
+    }
+    for name, detail in chosen.items():
+        yield Finding(name, "ok", detail, "backends")
+
+
+def _self_tests() -> Iterator[Finding]:
+    try:
+        from fastjepa.selftest import SELF_TESTS, block_equals_formula, failure
+    except (ImportError, OSError) as error:
+        yield Finding("self-tests", "problem", f"cannot be imported: {error}", "self-tests")
+        return
+    tests = dict(SELF_TESTS)
+    if torch.cuda.is_available():
+        tests["CUDA block"] = partial(block_equals_formula, "cuda")
+    for name, test in tests.items():
+        failed, detail = failure(test)
+        yield Finding(name, "problem" if failed else "ok", detail, "self-tests")
