@@ -199,7 +199,7 @@ def _schedule(recipe: Recipe, resolved: Resolved) -> Rows:
             else f"; from step {resolved.guard_start:,} also a loss above mean + {guard.sigma:g} "
             f"std of the last {guard.window}"
         )
-        + f"; stops after {guard.max_skips} in a row",
+        + f"; the run stops at more than {guard.max_skips} in a row",
     )
     yield (
         "checkpoints",
