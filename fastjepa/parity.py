@@ -10,7 +10,7 @@ file, runs `train.step.forward` and the engine on them, and compares every tenso
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.golden import GoldenStep, micro_batch, networks, read_golden
+from fastjepa.parity_report import Ledger, Report
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.step import Jepa, MicroBatch, forward
 from fastjepa_kernels import dense_l1
@@ -26,55 +27,6 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 # The update that golden files record.
 LR, WEIGHT_DECAY, MOMENTUM = 1e-3, 0.04, 0.99925
-
-FAMILIES = (
-    "inputs", "targets", "context features", "predictions", "distance weights", "loss_pred",
-    "loss_context", "loss_context_unweighted", "loss", "gradients", "AdamW", "EMA",
-    "inference features",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Family:
-    """The `count` tensors of one kind: the largest relative error among them, and whose it is."""
-
-    name: str
-    count: int
-    error: float
-    tensor: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """Outcome of a comparison.
-
-    `uncompared`: tensors of the file that nothing was compared with, which fail it. `unused`:
-    weights no result of this step depends on (the image tokenizer of a video step), of which only
-    names, shapes and finiteness can be checked.
-    """
-
-    path: Path
-    tolerance: float
-    families: tuple[Family, ...]
-    uncompared: tuple[str, ...]
-    unused: tuple[str, ...]
-
-    @property
-    def passed(self) -> bool:
-        return not self.uncompared and all(f.error <= self.tolerance for f in self.families)
-
-    def lines(self) -> list[str]:
-        """The report as plain lines: families, what was left out, the verdict."""
-        table = [
-            f"{f.name:<24} {f.error:8.1e}  {f.count:4d} tensors, worst {f.tensor}"
-            + ("" if f.error <= self.tolerance else f"  ABOVE {self.tolerance:g}")
-            for f in self.families
-        ]
-        if self.uncompared:
-            table.append(f"not compared: {', '.join(self.uncompared)}")
-        if self.unused:
-            table.append(f"no result depends on {len(self.unused)}: {', '.join(self.unused)}")
-        return [*table, f"{self.path}: {'passed' if self.passed else 'FAILED'}"]
 
 
 def check(
@@ -103,12 +55,12 @@ def check(
         encoder=jepa.encoder, predictor=jepa.predictor, target=jepa.target,
         follows=not golden.distilled, dtype=DTYPES[dtype], weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
-    ledger = _Ledger(golden)
+    ledger = Ledger(golden)
     _inputs(jepa, batch, ledger)
-    _forward_and_backward(jepa, batch, engine, ledger)
+    ties = _forward_and_backward(jepa, batch, engine, ledger, tolerance)
     _gradients(jepa, ledger)
     _update(jepa, engine, ledger)
-    return ledger.report(tolerance, _unused(jepa, batch))
+    return ledger.report(tolerance, unused=_unused(jepa, batch), ties=ties)
 
 
 def _device(name: str) -> torch.device:
@@ -121,55 +73,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-class _Ledger:
-    """Compares results with the file's tensors and remembers which of them had their turn."""
-
-    def __init__(self, golden: GoldenStep) -> None:
-        self.golden = golden
-        self.errors: dict[str, dict[str, float]] = {name: {} for name in FAMILIES}
-
-    def compare(self, family: str, name: str, ours: Tensor) -> None:
-        """Compare with the file's tensor `name`; sides of 1 may be missing in either."""
-        recorded = self.golden[name]
-        if _sides(ours) != _sides(recorded):
-            raise ValueError(
-                f"{self.golden.path}: {name}: expected shape {list(ours.shape)}, "
-                f"found {list(recorded.shape)}"
-            )
-        self.errors[family][name] = _relative_error(ours.detach().flatten(), recorded.flatten())
-
-    def note(self, family: str, name: str, *, fits: bool) -> None:
-        """A comparison without degrees: no error, or an infinite one."""
-        self.errors[family][name] = 0.0 if fits else inf
-
-    def report(self, tolerance: float, unused: tuple[str, ...]) -> Report:
-        families = []
-        for name, errors in self.errors.items():
-            if errors:
-                worst = max(errors, key=lambda tensor: errors[tensor])
-                families.append(Family(name, len(errors), errors[worst], worst))
-        compared = {tensor for errors in self.errors.values() for tensor in errors}
-        uncompared = tuple(name for name in self.golden.tensors if name not in compared)
-        return Report(self.golden.path, tolerance, tuple(families), uncompared, unused)
-
-
-def _sides(tensor: Tensor) -> list[int]:
-    return [side for side in tensor.shape if side != 1]
-
-
-def _relative_error(ours: Tensor, recorded: Tensor) -> float:
-    if not (ours.isfinite().all() and recorded.isfinite().all()):
-        return inf
-    scale = float(recorded.abs().max())
-    error = float((ours.to(recorded.dtype) - recorded).abs().max())
-    return error / scale if scale else error
-
-
 def _parts(jepa: Jepa) -> dict[str, nn.Module]:
     return {"encoder": jepa.encoder, "target": jepa.target, "predictor": jepa.predictor}
 
 
-def _inputs(jepa: Jepa, batch: MicroBatch, ledger: _Ledger) -> None:
+def _inputs(jepa: Jepa, batch: MicroBatch, ledger: Ledger) -> None:
     """Inputs are compared through all that comes out of them; here only that they are finite."""
     names = ["clip"]
     for group in range(len(batch.masks.context)):
@@ -186,7 +94,7 @@ def _outputs(jepa: Jepa) -> Iterator[dict[str, list[Tensor]]]:
     seen: dict[str, list[Tensor]] = {}
 
     def keep(part: str, outputs: Sequence[Tensor]) -> None:
-        seen[part] = [output.detach() for output in outputs]
+        seen[part] = list(outputs)
 
     handles = [
         network.register_forward_hook(
@@ -202,8 +110,9 @@ def _outputs(jepa: Jepa) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def _forward_and_backward(
-    jepa: Jepa, batch: MicroBatch, engine: TorchEngine, ledger: _Ledger
-) -> None:
+    jepa: Jepa, batch: MicroBatch, engine: TorchEngine, ledger: Ledger, tolerance: float
+) -> int:
+    """Compare all that a forward yields, then leave its gradients; returns the number of ties."""
     masks = batch.masks
 
     def context_loss(weights: tuple[Tensor, ...] | None) -> Tensor | None:
@@ -213,34 +122,73 @@ def _forward_and_backward(
     with engine.autocast():
         with _outputs(jepa) as seen:
             terms = forward(jepa, batch, engine.dtype)
+        predicted, context = (rows.to(engine.dtype) for rows in seen["predictor"])
+        z_predict = _by_group(jepa.predictor.predictor_proj(predicted), masks.predict)
+        z_context = _by_group(jepa.predictor.predictor_proj_context(context), masks.context)
         with torch.no_grad():
             losses = {"loss_context": context_loss(masks.weights)}
             losses["loss_context_unweighted"] = context_loss(None)
-            predicted, context = (rows.to(engine.dtype) for rows in seen["predictor"])
-            z_predict = jepa.predictor.predictor_proj(predicted)
-            z_context = jepa.predictor.predictor_proj_context(context)
             inference = jepa.encoder.features(batch.clip)[0].flatten(1, 3)
-    engine.backward(terms.total)
 
     whole = (len(batch.clip), -1)
-    target = torch.cat(seen["target"], -1).unflatten(0, whole)
-    ledger.compare("targets", "target_features", target)
-    normalised = _normalised(seen["target"]).unflatten(0, whole)
-    ledger.compare("targets", "targets_normalised", normalised)
-    for family, key, rows, groups in (
-        ("context features", "context_features", torch.cat(seen["encoder"], -1), masks.context),
-        ("predictions", "z_pred", z_predict, masks.predict),
-        ("predictions", "z_context", z_context, masks.context),
+    ledger.compare("targets", "target_features", torch.cat(seen["target"], -1).unflatten(0, whole))
+    targets_BNE = _normalised(seen["target"]).unflatten(0, whole)
+    ledger.compare("targets", "targets_normalised", targets_BNE)
+    features = _by_group(torch.cat(seen["encoder"], -1), masks.context)
+    for family, key, groups in (
+        ("context features", "context_features", features),
+        ("predictions", "z_pred", z_predict),
+        ("predictions", "z_context", z_context),
+        ("distance weights", "distance_sqrt", [w.reciprocal() for w in masks.weights or ()]),
     ):
-        parts = rows.split([index.numel() for index in groups])
-        for group, (index, part) in enumerate(zip(groups, parts, strict=True)):
-            ledger.compare(family, f"{key}.{group}", part.unflatten(0, index.shape))
-    for group, weight in enumerate(masks.weights or ()):
-        ledger.compare("distance weights", f"distance_sqrt.{group}", weight.reciprocal())
+        for number, group in enumerate(groups):
+            ledger.compare(family, f"{key}.{number}", group)
     for name, loss in {"loss_pred": terms.predict, **losses, "loss": terms.total}.items():
         assert loss is not None, "a context weight of 1 keeps the context term"
         ledger.compare(name, name, loss)
     ledger.compare("inference features", "inference_features", inference)
+
+    settled, ties = _settled(ledger.golden, batch, z_predict, z_context, targets_BNE, tolerance)
+    engine.backward(terms.total + settled)
+    return ties
+
+
+def _by_group(rows_RE: Tensor, groups_BK: Sequence[Tensor]) -> list[Tensor]:
+    parts = rows_RE.split([index.numel() for index in groups_BK])
+    return [part.unflatten(0, i.shape) for part, i in zip(parts, groups_BK, strict=True)]
+
+
+def _settled(
+    golden: GoldenStep,
+    batch: MicroBatch,
+    z_predict: Sequence[Tensor],
+    z_context: Sequence[Tensor],
+    targets_BNE: Tensor,
+    tolerance: float,
+) -> tuple[Tensor, int]:
+    """A summand for the loss that gives ties the recorded sign, and their number.
+
+    Where prediction and target differ by less than the tolerance, the sign of the difference is
+    rounding, yet L1 hands it to the gradient in full.
+    """
+    masks, recorded_BNE = batch.masks, golden["targets_normalised"]
+    near = tolerance * float(recorded_BNE.abs().max())
+    summand, ties = targets_BNE.new_zeros(()), 0
+    for key, z_groups, index_groups, weights in (
+        ("z_pred", z_predict, masks.predict, None),
+        ("z_context", z_context, masks.context, masks.weights),
+    ):
+        for g, (z_BKE, index_BK) in enumerate(zip(z_groups, index_groups, strict=True)):
+            rows = index_BK[..., None]
+            ours = z_BKE.detach() - targets_BNE.take_along_dim(rows, 1)
+            recorded = golden[f"{key}.{g}"].view_as(ours) - recorded_BNE.take_along_dim(rows, 1)
+            tie = (ours.abs() <= near) & (ours.sign() != recorded.sign())
+            slope = torch.where(tie, recorded.sign() - ours.sign(), 0.0)
+            slope = slope / (ours.numel() * len(z_groups))
+            if weights is not None:
+                slope = slope * weights[g][..., None] * batch.context_weight
+            summand, ties = summand + (slope * z_BKE).sum(), ties + int(tie.sum())
+    return summand, ties
 
 
 def _normalised(targets_MD: Sequence[Tensor]) -> Tensor:
@@ -262,7 +210,7 @@ def _trained(jepa: Jepa) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{part}.{name}", parameter
 
 
-def _gradients(jepa: Jepa, ledger: _Ledger) -> None:
+def _gradients(jepa: Jepa, ledger: Ledger) -> None:
     """A gradient may be missing on one side only where the other one is all 0."""
     for name, parameter in _trained(jepa):
         key, ours = f"grad.{name}", parameter.grad
@@ -275,7 +223,7 @@ def _gradients(jepa: Jepa, ledger: _Ledger) -> None:
                 ledger.note("gradients", key, fits=not alone.any())
 
 
-def _update(jepa: Jepa, engine: TorchEngine, ledger: _Ledger) -> None:
+def _update(jepa: Jepa, engine: TorchEngine, ledger: Ledger) -> None:
     """AdamW and the EMA, from the recorded gradients.
 
     The first step of AdamW divides a gradient by its own size: from our gradients, the rounding of
