@@ -59,8 +59,11 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
-    """The numbers behind `explain`. Raises ValueError where masks leave no context or no
-    predictions."""
+    """The numbers behind `explain`, at the full context weight.
+
+    The context head's small part is counted where the context term is off, too. Raises ValueError
+    where masks leave no context or no predictions.
+    """
     size, model = resolved.encoder, recipe.model
     encoder = EncoderNumbers(
         size.width, size.depth, size.heads, size.mlp_width, len(size.levels),

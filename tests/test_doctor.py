@@ -132,21 +132,23 @@ def _flipped(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _sabotage(name: str, patch: pytest.MonkeyPatch) -> None:
+    from fastjepa.checkpoint import load_checkpoint
     from fastjepa.data import decode_pyav
     from fastjepa.model import block
+    from fastjepa.model.block_cpu import mlp_half
     from fastjepa.train.engine import TorchEngine
+    from fastjepa_kernels import mask_distance
 
     if name == "training step":
         patch.setattr(TorchEngine, "step", _still)
     elif name == "CPU block":
-        half = block.mlp_half
-        patch.setattr(block, "mlp_half", lambda *args: half(*args) * 1.01)
+        patch.setattr(block, "mlp_half", lambda *args: mlp_half(*args) * 1.01)
     elif name == "ops":
-        patch.setattr(selftest, "mask_distance", lambda *args: 1.01 * selftest.every_pair(*args))
+        patch.setattr(selftest, "mask_distance", lambda *args: 1.01 * mask_distance(*args))
     elif name == "video decoding":
         patch.setattr(decode_pyav, "decode_clip", _backwards(decode_pyav.decode_clip))
     elif name == "checkpoint":
-        patch.setattr(selftest, "load_checkpoint", _flipped(selftest.load_checkpoint))
+        patch.setattr(selftest, "load_checkpoint", _flipped(load_checkpoint))
     elif name == "masks":
         makers = iter([replace(selftest._masks(), seed=seed) for seed in (0, 1)])
         patch.setattr(selftest, "_masks", lambda: next(makers))
