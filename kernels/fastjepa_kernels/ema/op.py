@@ -37,5 +37,6 @@ def ema_update(
         widened = [s.to(t) for t, s in zip(targets, sources, strict=True)]
         torch._foreach_lerp_(list(targets), widened, 1.0 - momentum)
         return
+    share = (veto == 0).double() * (1.0 - momentum)
     for target, source in zip(targets, sources, strict=True):
-        target.lerp_(source.to(target), torch.where(veto != 0, 0.0, 1.0 - momentum).to(target))
+        target.lerp_(source.to(target), share.to(target.dtype))

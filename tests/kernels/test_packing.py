@@ -1,0 +1,18 @@
+"""Rows of several mask groups in one matrix."""
+
+import torch
+
+from fastjepa_kernels import packed_rows
+
+
+def test_groups_follow_one_another_and_clips_within_them() -> None:
+    first, second = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[3], [0]])
+    assert packed_rows([first, second], 4).tolist() == [0, 2, 5, 7, 3, 4]
+
+
+def test_rows_gather_each_clips_own_tokens() -> None:
+    tokens = torch.randn(3, 7, 2)
+    index = torch.stack([torch.randperm(7)[:4] for _ in range(3)])
+    rows = packed_rows([index], 7)
+    expected = tokens.take_along_dim(index[..., None], 1)
+    assert torch.equal(tokens.flatten(0, 1)[rows].view(3, 4, 2), expected)
