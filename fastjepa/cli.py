@@ -1,7 +1,6 @@
 """The command line: `fastjepa COMMAND --help`. A mistake of the user is one line and exit code
 2."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -123,10 +122,14 @@ def doctor() -> None:
     """What of the stack is installed, which backend each part will use and why, and self-tests."""
     from rich.console import Console
 
-    from fastjepa.doctor import as_table, examine, healthy
+    from fastjepa.doctor import as_table, as_text, examine, healthy
 
     findings = examine()
-    Console().print(as_table(findings))
+    terminal = Console()
+    if terminal.is_terminal:
+        terminal.print(as_table(findings))
+    else:
+        typer.echo(as_text(findings))
     if not healthy(findings):
         raise typer.Exit(1)
 
@@ -142,14 +145,18 @@ def config_show(
 
     from fastjepa.config.load import load_recipe
     from fastjepa.config.resolve import resolve
-    from fastjepa.explain import as_table, explain
+    from fastjepa.explain import as_json as to_json
+    from fastjepa.explain import as_table, as_text, explain
 
     chosen = load_recipe(recipe, overrides or [])
-    sections = explain(chosen, resolve(chosen))
+    resolved = resolve(chosen)
+    terminal = Console()
     if as_json:
-        typer.echo(json.dumps({s.title: dict(s.rows) for s in sections}, indent=1))
+        typer.echo(to_json(chosen, resolved))
+    elif terminal.is_terminal:
+        terminal.print(as_table(explain(chosen, resolved)))
     else:
-        Console().print(as_table(sections))
+        typer.echo(as_text(explain(chosen, resolved)))
 
 
 @config_app.command("import")

@@ -4,8 +4,9 @@ checkpoint.
 Resuming needs only the step: the plan gives the place in the data, the loaders start there.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,8 @@ class Trainer:
 
     def probe_clip(self, modality: Modality) -> torch.Tensor:
         """The fixed clip that health and pictures are taken on: [1, 3, T, H, W], normalised."""
-        clip = self.loaders[modality].batch_at(0).clip[:1]
+        loader = self.loaders[modality]
+        clip = self._noted(lambda: loader.batch_at(0)).clip[:1]
         return normalise(clip.to(self.engine.device))
 
     def _train_step(
@@ -126,7 +128,7 @@ class Trainer:
             nonlocal clips, tokens
             for draw in self.plan.draws(self.step):
                 with meter.waiting():
-                    batch = self._next(batches[draw.modality])
+                    batch = self._noted(partial(next, batches[draw.modality]))
                 assert isinstance(batch.extras, Masks)
                 clips += len(batch.clip)
                 tokens += len(batch.clip) * self.tokens[draw.modality]
@@ -146,9 +148,10 @@ class Trainer:
         meter.step(clips=clips, tokens=tokens)
         return report
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _noted(self, make: Callable[[], Batch]) -> Batch:
+        """A batch, its bad files put into quarantine, also when there were too many to make one."""
         try:
-            batch = next(batches)
+            batch = make()
         except TooManyBadFiles as error:
             self._note(error.bad)
             raise

