@@ -1,0 +1,138 @@
+"""A block: the CPU's hand-written halves against the plain path, and packing."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastjepa.model.block import Block
+from fastjepa.model.segments import segments_of
+
+WIDTH, HEADS = 24, 2
+
+
+def make_block(attention: str, seed: int = 0) -> Block:
+    torch.manual_seed(seed)
+    block = Block(WIDTH, HEADS, 40, attention=attention)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return block
+
+
+def make_input(shapes: Sequence[tuple[int, int]], seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = sum(count * length for count, length in shapes)
+    tables = []
+    for i, (count, length) in enumerate(shapes):
+        # The encoder shares one table among clips, the predictor has one a clip.
+        angle = torch.rand(1 if i % 2 else count, length, WIDTH // HEADS // 2, generator=generator)
+        tables.append(torch.stack((angle.cos(), angle.sin()), -1))
+    return torch.randn(rows, WIDTH, generator=generator), tables
+
+
+def run(
+    attention: str, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, *, autocast: bool = False
+) -> list[Tensor]:
+    """Output, gradient of the input, gradients of all weights, in float64."""
+    block, (x, tables) = make_block(attention).to(dtype), make_input(shapes)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = x.to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = block(x, [t.to(wide) for t in tables], segments_of(shapes))
+    upstream = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    grads = torch.autograd.grad(out, [x, *block.parameters()], upstream.to(out.dtype))
+    return [t.detach().double() for t in (out, *grads)]
+
+
+shapes = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 7)), min_size=1, max_size=3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes)
+def test_in_float64_both_paths_are_one(sizes: list[tuple[int, int]]) -> None:
+    ours, plain = (run(attention, sizes, torch.float64) for attention in ("auto", "math"))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("sizes", [[(2, 9)], [(3, 5), (3, 11)], [(1, 800)]])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_training_precision_it_is_at_most_twice_as_far_off_as_the_plain_path(
+    sizes: list[tuple[int, int]], autocast: bool
+) -> None:
+    exact = run("math", sizes, torch.float64)
+    ours = run("auto", sizes, torch.float32, autocast=autocast)
+    plain = run("math", sizes, torch.float32, autocast=autocast)
+    unit = 2.0**-8 if autocast else 2.0**-23
+    for a, b, truth in zip(ours, plain, exact, strict=True):
+        error, error_plain = ((t - truth).norm() for t in (a, b))
+        assert error <= 2 * error_plain + unit * truth.norm()
+
+
+def test_it_is_the_specifications_formula() -> None:
+    """x += attn(norm1(x)); x += mlp(norm2(x)), without positions (all angles 0)."""
+    block = make_block("auto").double()
+    x, _ = make_input([(1, 6)])
+    x = x.double()
+    still = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 6, WIDTH // HEADS // 2, 2)
+    out = block(x, [still.contiguous()], segments_of([(1, 6)]))
+    y = F.layer_norm(x, (WIDTH,), block.norm1.weight, block.norm1.bias, 1e-6)
+    q, k, v = block.attn.qkv(y).view(1, 6, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)[0]
+    y = x + block.attn.proj(mixed)
+    z = F.layer_norm(y, (WIDTH,), block.norm2.weight, block.norm2.bias, 1e-6)
+    y = y + block.mlp.fc2(F.gelu(block.mlp.fc1(z)))
+    torch.testing.assert_close(out, y)
+
+
+@pytest.mark.parametrize("attention", ["auto", "math"])
+def test_packed_sequences_equal_separate_passes(attention: str) -> None:
+    block = make_block(attention).double()
+    sizes = [(2, 5), (3, 4)]
+    x, tables = make_input(sizes)
+    x, tables = x.double(), [t.double() for t in tables]
+    packed = block(x, tables, segments_of(sizes))
+    bounds = [0, 10, 22]
+    apart = [
+        block(x[low:high], [table], segments_of([size]))
+        for (low, high), table, size in zip(pairwise(bounds), tables, sizes, strict=True)
+    ]
+    torch.testing.assert_close(packed, torch.cat(apart))
+
+
+def test_without_gradients_the_numbers_are_the_same() -> None:
+    block, (x, tables) = make_block("auto"), make_input([(2, 9)])
+    with torch.no_grad():
+        silent = block(x, tables, segments_of([(2, 9)]))
+    torch.testing.assert_close(
+        silent, block(x, tables, segments_of([(2, 9)])), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_input_stays_as_it_is() -> None:
+    block, (x, tables) = make_block("auto"), make_input([(2, 9)])
+    before = x.clone()
+    x.requires_grad_()
+    block(x, tables, segments_of([(2, 9)])).sum().backward()
+    assert torch.equal(x, before)
+
+
+def test_frozen_weights_and_inputs_are_allowed() -> None:
+    block, (x, tables) = make_block("auto"), make_input([(2, 9)])
+    block.requires_grad_(False)
+    x.requires_grad_()
+    block(x, tables, segments_of([(2, 9)])).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None for p in block.parameters())
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match="heads: expected a divisor of width 24, got 5"):
+        Block(24, 5, 40)

@@ -1,0 +1,74 @@
+"""Products by oneDNN or MKL are the plain products, in every precision and shape."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastjepa.model import products_cpu
+from fastjepa.model.products_cpu import (
+    MANY_ROWS,
+    grad_input,
+    grad_weight,
+    linear,
+    linear_add,
+    linear_gelu,
+)
+
+SHAPES = [(1, 8, 8), (7, 24, 16), (50, 16, 48), (MANY_ROWS, 8, 24)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+
+def close(found: Tensor, exact: Tensor, dtype: torch.dtype, terms: int = 1) -> None:
+    assert found.dtype == dtype
+    error = (found.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-3)
+    assert error <= (3 + terms**0.5) * torch.finfo(dtype).eps, error
+
+
+def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    rows, wide, out = shape
+    sizes = ((rows, wide), (out, wide), (out,), (rows, out))
+    return tuple((torch.randn(size) / size[-1] ** 0.25).to(dtype) for size in sizes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_product_is_the_plain_one(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    x, weight, bias, dy = inputs(shape, dtype)
+    X, W, b, DY = (t.double() for t in (x, weight, bias, dy))
+    exact = F.linear(X, W, b)
+    close(linear(x, weight, bias), exact, dtype)
+    close(linear_gelu(x, weight, bias), F.gelu(exact), dtype)
+    close(linear_add(x, dy, weight, bias), DY + exact, dtype)
+    close(grad_input(dy, weight), DY @ W, dtype)
+    close(grad_weight(dy, x), DY.t() @ X, dtype, terms=len(x))
+
+
+def test_a_wider_residual_keeps_its_precision() -> None:
+    x, weight, bias, _ = inputs((7, 24, 16), torch.bfloat16)
+    residual = torch.randn(7, 16)
+    out = linear_add(x, residual, weight, bias)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, residual + F.linear(x, weight, bias).float(), rtol=0, atol=2e-2)
+
+
+def test_without_onednn_all_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias, dy = inputs((7, 24, 16), torch.float32)
+    fast = [
+        linear(x, weight, bias), linear_gelu(x, weight, bias), linear_add(x, dy, weight, bias),
+        grad_input(dy, weight),
+    ]  # fmt: skip
+    monkeypatch.setattr(products_cpu, "_by_onednn", lambda _: False)
+    plain = [
+        linear(x, weight, bias), linear_gelu(x, weight, bias), linear_add(x, dy, weight, bias),
+        grad_input(dy, weight),
+    ]  # fmt: skip
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_stay_as_they_are() -> None:
+    x, weight, bias, dy = inputs((7, 24, 16), torch.float32)
+    before = [t.clone() for t in (x, weight, bias, dy)]
+    linear_add(x, dy, weight, bias)
+    linear_gelu(x, weight, bias)
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, bias, dy), strict=True))
