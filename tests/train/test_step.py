@@ -1,0 +1,235 @@
+"""A whole training step: micro-batches, accumulation, and steps that must leave no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa.masking.batch import MaskMaker, Masks
+from fastjepa.masking.blocks import Blocks
+from fastjepa.model import Encoder, Predictor
+from fastjepa.objective.dense_loss import Objective
+from fastjepa.train.engine import TorchEngine
+from fastjepa.train.guard import LossGuard
+from fastjepa.train.step import Jepa, MicroBatch, StepReport, forward, train_step
+
+LEVELS = (0, 1)
+CPU = torch.device("cpu")
+
+
+def make(
+    dtype: torch.dtype = torch.float32, **engine: object
+) -> tuple[Jepa, TorchEngine, LossGuard]:
+    torch.manual_seed(0)
+    encoder = Encoder(width=16, depth=2, heads=2, mlp_width=24, levels=LEVELS, patch=8)
+    predictor = Predictor(
+        encoder_width=16, num_levels=2, width=16, depth=2, heads=2, num_mask_tokens=2, patch=8
+    )
+    target = copy.deepcopy(encoder)
+    if dtype == torch.float64:
+        for network in (encoder, predictor, target):
+            network.double()
+    jepa = Jepa(encoder, predictor, target, Objective((0.5, 0.5)), LEVELS, LEVELS)
+    made = TorchEngine(
+        encoder=encoder, predictor=predictor, target=target, dtype=dtype, **engine  # type: ignore[arg-type]
+    )  # fmt: skip
+    return jepa, made, LossGuard(sigma=None, window=4, start=0, device=CPU)
+
+
+def micro_batch(
+    *, image: bool = False, batch: int = 2, step: int = 0, share: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> MicroBatch:  # fmt: skip
+    generator = torch.Generator().manual_seed(step)
+    clip = torch.randn(batch, 3, 1 if image else 4, 32, 32, generator=generator)
+    groups = (Blocks(3, (0.2, 0.2)), Blocks(1, (0.5, 0.5)))[: 1 if image else 2]
+    maker = MaskMaker(groups, (1 if image else 2, 4, 4), batch, seed=0)
+    return MicroBatch(clip.to(dtype), maker(step), share, context_weight=0.5)
+
+
+def run(
+    jepa: Jepa, engine: TorchEngine, guard: LossGuard, *batches: MicroBatch, step: int = 0
+) -> StepReport:
+    return train_step(
+        jepa, engine, guard, batches, step=step, lr=1e-3, weight_decay=0.04, momentum=0.99
+    )
+
+
+def everything(jepa: Jepa, engine: TorchEngine) -> list[Tensor]:
+    """Weights, moments and the average, copied."""
+    networks = (jepa.encoder, jepa.predictor, jepa.target)
+    weights = [p.detach().clone() for network in networks for p in network.parameters()]
+    moments = [v.clone() for state in engine.optimizer.state.values() for v in state.values()]
+    return weights + moments
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_step_trains_all_that_its_modality_uses(image: bool, dtype: torch.dtype) -> None:
+    jepa, engine, guard = make(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    batch = micro_batch(image=image, dtype=wide)
+    before = {n: p.detach().clone() for n, p in jepa.encoder.named_parameters()}
+    average = {n: p.detach().clone() for n, p in jepa.target.named_parameters()}
+    report = run(jepa, engine, guard, batch)
+    assert report.loss.isfinite()
+    assert report.grad_norm.isfinite()
+    assert report.grad_norm > 0
+    assert not report.veto
+    idle = "patch_embed." if image else "patch_embed_img."
+    idle_embedding = "video_mod_embed" if image else "img_mod_embed"
+    for name, parameter in jepa.encoder.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == (not name.startswith((idle, idle_embedding))), name
+    for name, parameter in jepa.target.named_parameters():
+        expected = 0.99 * average[name] + 0.01 * dict(jepa.encoder.named_parameters())[name]
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_loss_falls_on_one_batch() -> None:
+    jepa, engine, guard = make()
+    losses = [float(run(jepa, engine, guard, micro_batch(), step=s).loss) for s in range(30)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_micro_batches_add_up_by_their_shares() -> None:
+    """Images and videos in one optimizer step, weighed as the ranks of the reference are."""
+    batches = (
+        micro_batch(share=0.75, dtype=torch.float64),
+        micro_batch(image=True, share=0.25, step=3, dtype=torch.float64),
+    )
+    grads: list[dict[str, Tensor]] = []
+    losses = []
+    for batch in batches:
+        jepa, engine, _ = make(torch.float64)
+        terms = forward(jepa, batch, torch.float64)
+        engine.backward(terms.total)
+        losses.append(terms.total.detach())
+        named = (*jepa.encoder.named_parameters(), *jepa.predictor.named_parameters("predictor"))
+        grads.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    jepa, engine, guard = make(torch.float64)
+    seen: dict[str, Tensor] = {}
+    original = engine.step
+
+    def spy(**arguments: object) -> None:
+        named = (*jepa.encoder.named_parameters(), *jepa.predictor.named_parameters("predictor"))
+        seen.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+        original(**arguments)  # type: ignore[arg-type]
+
+    engine.step = spy  # type: ignore[method-assign]
+    report = run(jepa, engine, guard, *batches)
+    assert seen.keys() == grads[0].keys() | grads[1].keys()
+    for name, gradient in seen.items():
+        expected = sum(
+            share * grads[i][name] for i, share in enumerate((0.75, 0.25)) if name in grads[i]
+        )
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(report.loss.double(), 0.75 * losses[0] + 0.25 * losses[1])
+    assert len(report.terms) == 2
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    whole = micro_batch(batch=4, dtype=torch.float64)
+
+    def part(rows: slice) -> MicroBatch:
+        masks = whole.masks
+        assert masks.weights is not None
+        cut = Masks(
+            tuple(t[rows] for t in masks.context), tuple(t[rows] for t in masks.predict),
+            tuple(t[rows] for t in masks.weights),
+        )  # fmt: skip
+        return MicroBatch(whole.clip[rows], cut, 0.5, whole.context_weight)
+
+    one, two = make(torch.float64), make(torch.float64)
+    large = run(*one, whole)
+    small = run(*two, part(slice(0, 2)), part(slice(2, 4)))
+    torch.testing.assert_close(large.loss, small.loss)
+    torch.testing.assert_close(large.grad_norm, small.grad_norm)
+    for a, b in zip(everything(*one[:2]), everything(*two[:2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_step_is_reproducible_bit_by_bit() -> None:
+    one, two = make(), make()
+    for number in range(3):
+        for made in (one, two):
+            run(*made, micro_batch(step=number), step=number)
+    assert same(everything(*one[:2]), everything(*two[:2]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_no_trace(value: float) -> None:
+    jepa, engine, guard = make()
+    run(jepa, engine, guard, micro_batch())
+    before = everything(jepa, engine)
+    bad = micro_batch(step=1)
+    bad.clip[0, 0, 0, 0, 0] = value
+    report = run(jepa, engine, guard, bad, step=1)
+    assert report.veto
+    assert same(everything(jepa, engine), before)
+    assert int(guard.skipped) == int(guard.skipped_in_a_row) == 1
+    assert not run(jepa, engine, guard, micro_batch(step=2), step=2).veto
+    assert int(guard.skipped_in_a_row) == 0
+    assert not same(everything(jepa, engine), before)
+
+
+def test_an_infinite_gradient_under_a_finite_loss_leaves_no_trace() -> None:
+    jepa, engine, guard = make()
+    before = everything(jepa, engine)
+    original = engine.backward
+
+    def overflow(loss: Tensor) -> None:
+        original(loss)
+        engine.gradients()[0].view(-1)[0] = torch.inf
+
+    engine.backward = overflow  # type: ignore[method-assign]
+    report = run(jepa, engine, guard, micro_batch())
+    assert report.loss.isfinite()
+    assert report.veto
+    # The moments came into being, all zero.
+    after = everything(jepa, engine)
+    assert same(after[: len(before)], before)
+    assert not any(moment.any() for moment in after[len(before) :])
+
+
+def test_a_loss_that_jumps_is_skipped() -> None:
+    jepa, engine, _ = make()
+    guard = LossGuard(sigma=3.0, window=4, start=0, device=CPU)
+    for number in range(4):
+        run(jepa, engine, guard, micro_batch(step=number), step=number)
+    before = everything(jepa, engine)
+    report = run(jepa, engine, guard, micro_batch(step=4, share=100.0), step=4)
+    assert report.veto
+    assert same(everything(jepa, engine), before)
+
+
+def test_without_context_weight_nothing_of_the_context_term_is_trained() -> None:
+    jepa, engine, guard = make()
+    batch = micro_batch()
+    before = jepa.predictor.predictor_proj_context.weight.detach().clone()
+    report = run(jepa, engine, guard, MicroBatch(batch.clip, batch.masks, 1.0, 0.0))
+    assert report.terms[0].context is None
+    assert torch.equal(jepa.predictor.predictor_proj_context.weight, before)
+
+
+def test_a_wider_frozen_teacher_teaches_its_last_level() -> None:
+    torch.manual_seed(0)
+    student = Encoder(width=16, depth=2, heads=2, mlp_width=24, levels=LEVELS, patch=8)
+    teacher = Encoder(width=24, depth=3, heads=2, mlp_width=24, levels=(0, 2), patch=8)
+    predictor = Predictor(
+        encoder_width=16, num_levels=1, width=16, depth=1, heads=2, out_width=24, patch=8
+    )
+    jepa = Jepa(student, predictor, teacher, Objective((1.0,)), (1,), (2,))
+    engine = TorchEngine(encoder=student, predictor=predictor, target=teacher, follows=False)
+    before = [p.detach().clone() for p in teacher.parameters()]
+    guard = LossGuard(sigma=None, window=4, start=0, device=CPU)
+    report = run(jepa, engine, guard, micro_batch())
+    assert not report.veto
+    assert report.terms[0].predict_terms.shape == (2, 1)
+    assert same([p.detach() for p in teacher.parameters()], before)
