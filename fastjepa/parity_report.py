@@ -48,7 +48,8 @@ class Report:
     def lines(self) -> list[str]:
         """The report as plain lines: families, what was left out, the verdict."""
         table = [
-            f"{f.name:<24} {f.error:8.1e}  {f.count:4d} tensors, worst {f.tensor}"
+            f"{f.name:<24} {f.error:8.1e}  {f.count:4d} tensors"
+            + (f", worst {f.tensor}" if f.error else "")
             + ("" if f.error <= self.tolerance else f"  ABOVE {self.tolerance:g}")
             for f in self.families
         ]

@@ -244,7 +244,9 @@ def test_options_that_do_not_exist_are_refused() -> None:
         check(path, dtype="float8")
     with pytest.raises(ValueError, match="attention: expected one of"):
         check(path, attention="quick")
-    with pytest.raises(ValueError, match="device: 'abacus'"):
-        check(path, device="abacus")
+    absent = [] if torch.cuda.is_available() else ["cuda"]
+    for device in ("abacus", "meta", *absent):
+        with pytest.raises(ValueError, match=f"device: '{device}' cannot be used here"):
+            check(path, device=device)
     with pytest.raises(ValueError, match="tolerance: expected a positive number"):
         check(path, tolerance=0.0)

@@ -75,22 +75,23 @@ def make(
     )  # fmt: skip
 
 
-cases = st.builds(
-    make,
-    batch=st.integers(1, 3),
-    levels=st.integers(1, 4),
-    width=st.sampled_from([2, 8, 17]),
-    kept=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
-    weighted=st.booleans(),
-    beta=st.booleans(),
-    exponent=st.sampled_from([1.0, 1.5, 2.0]),
-    normalise=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+def cases(*widths: int) -> st.SearchStrategy[Case]:
+    return st.builds(
+        make,
+        batch=st.integers(1, 3),
+        levels=st.integers(1, 4),
+        width=st.sampled_from(widths),
+        kept=st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple),
+        weighted=st.booleans(),
+        beta=st.booleans(),
+        exponent=st.sampled_from([1.0, 1.5, 2.0]),
+        normalise=st.booleans(),
+        seed=st.integers(0, 2**16),
+    )
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases, st.booleans())
+@given(cases(2, 8, 17), st.booleans())
 def test_in_float64_op_and_formula_are_one(case: Case, fused: bool) -> None:
     total, terms, grads = case.run(op, torch.float64, fused=fused)
     total_ref, terms_ref, grads_ref = case.run(reference, torch.float64, fused=fused)
@@ -103,12 +104,13 @@ def test_in_float64_op_and_formula_are_one(case: Case, fused: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=30, deadline=None)
-@given(case=cases)
+@given(case=cases(16, 33))
 def test_value_is_at_most_twice_as_far_off_as_the_formula(case: Case, dtype: torch.dtype) -> None:
     exact, exact_terms, _ = case.run(reference, torch.float64, fused=False)
     total, terms, _ = case.run(op, dtype, fused=False)
     total_ref, terms_ref, _ = case.run(reference, dtype, fused=False)
-    floor = torch.finfo(dtype).eps
+    # A single number may be exact by luck: a few roundings are always allowed.
+    floor = 4 * torch.finfo(dtype).eps
     assert (total - exact).abs() <= 2 * (total_ref - exact).abs() + floor * exact
     budget = 2 * (terms_ref - exact_terms).abs().max() + floor * exact_terms.abs().max()
     assert (terms - exact_terms).abs().max() <= budget
