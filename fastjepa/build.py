@@ -62,6 +62,7 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         betas=recipe.optim.betas,
         eps=recipe.optim.eps,
         clip=recipe.optim.clip,
+        in_turn={"auto": None, "packed": False, "in_turn": True}[recipe.engine.mask_groups],
     )
     guard = LossGuard(
         sigma=recipe.guard.sigma,

@@ -250,6 +250,7 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threads: Positive | None = None
+    mask_groups: Literal["auto", "packed", "in_turn"] = "auto"
 
 
 class Observe(Section):

@@ -28,6 +28,15 @@ class Masks:
     predict: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None
 
+    def by_group(self) -> "list[Masks]":
+        """The masks of each group alone."""
+        return [
+            Masks((context,), (predict,), None if self.weights is None else (self.weights[number],))
+            for number, (context, predict) in enumerate(
+                zip(self.context, self.predict, strict=True)
+            )
+        ]
+
     def to(self, device: torch.device) -> "Masks":
         def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(t.to(device, non_blocking=True) for t in tensors)

@@ -15,11 +15,16 @@ from torch import Tensor
 # From this many rows on, a transposed copy of a wide weight pays for itself.
 MANY_ROWS = 2048
 
+# oneDNN builds a kernel for each new shape, and shapes change with the masks: about a
+# millisecond, which a product of fewer input values never earns back.
+WORTH_A_KERNEL = 150_000
+
 _onednn = torch.ops.mkldnn
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return torch.backends.mkldnn.is_available() and x.dtype in (torch.float32, torch.bfloat16)
+    known = torch.backends.mkldnn.is_available() and x.dtype in (torch.float32, torch.bfloat16)
+    return known and x.numel() >= WORTH_A_KERNEL
 
 
 def _laid_out(weight_OI: Tensor, rows: int) -> Tensor:

@@ -32,6 +32,11 @@ class LossTerms:
     predict_terms: Tensor
     context_terms: Tensor | None
 
+    def detached(self) -> "LossTerms":
+        """The same numbers without their graph."""
+        tensors = (self.total, self.predict, self.context, self.predict_terms, self.context_terms)
+        return LossTerms(*(None if t is None else t.detach() for t in tensors))  # type: ignore[arg-type]
+
 
 def dense_loss(
     objective: Objective,
@@ -72,3 +77,23 @@ def dense_loss(
     context, context_terms = term(context_RP, context_head, context_groups_BK, weight_R)
     total = predict + context_weight * context
     return LossTerms(total, predict, context, predict_terms, context_terms)
+
+
+def mean_of_groups(parts: Sequence[LossTerms]) -> LossTerms:
+    """The terms of all mask groups from those of each: losses averaged, level terms stacked."""
+
+    def mean(values: Sequence[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return torch.stack(known).mean(0) if known else None
+
+    total, predict = (mean([getattr(p, name) for p in parts]) for name in ("total", "predict"))
+    assert total is not None
+    assert predict is not None
+    context_terms = [p.context_terms for p in parts if p.context_terms is not None]
+    return LossTerms(
+        total,
+        predict,
+        mean([p.context for p in parts]),
+        torch.cat([p.predict_terms for p in parts]),
+        torch.cat(context_terms) if context_terms else None,
+    )

@@ -28,9 +28,15 @@ class TorchEngine:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip: float | None = None,
+        in_turn: bool | None = None,
     ) -> None:
-        """`follows`: whether the target is the encoder's EMA (else it is a frozen teacher)."""
+        """`follows`: whether the target is the encoder's EMA (else it is a frozen teacher).
+
+        `in_turn`: mask groups one after the other through the predictor, in less memory, rather
+        than packed into one pass, in fewer launches; None takes turns on a CPU.
+        """
         self.device = next(encoder.parameters()).device
+        self.in_turn = self.device.type == "cpu" if in_turn is None else in_turn
         self.dtype, self.clip = dtype, clip
         self.parameters = [*encoder.parameters(), *predictor.parameters()]
         self.optimizer = torch.optim.AdamW(

@@ -4,7 +4,7 @@ Shapes: B batch, N grid tokens, R packed rows of kept tokens, D width, P predict
 groups.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastjepa.masking.batch import Masks
 from fastjepa.model import Encoder, Predictor
-from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss
+from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss, mean_of_groups
 from fastjepa.objective.health import gradient_norms
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
@@ -56,14 +56,56 @@ class StepReport:
 
 
 def forward(jepa: Jepa, batch: MicroBatch, dtype: torch.dtype) -> LossTerms:
-    """Targets of all tokens, features of the visible ones, predictions of every token, and their
+    """Targets of all tokens, features of the visible ones, predictions of every token, their
     loss."""
-    masks, image = batch.masks, batch.clip.shape[2] == 1
+    targets_MD, levels_RD = _encode(jepa, batch)
+    return _predict(jepa, batch, batch.masks, targets_MD, levels_RD, dtype)
+
+
+def forward_backward(jepa: Jepa, engine: TorchEngine, batch: MicroBatch) -> LossTerms:
+    """`forward` and its gradients, weighed by the batch's share.
+
+    With `engine.in_turn` the predictor and the loss go through one mask group after the other,
+    each back to the context features at once: the same sum, and only one group's activations are
+    held.
+    """
+    if not engine.in_turn:
+        with engine.autocast():
+            terms = forward(jepa, batch, engine.dtype)
+        engine.backward(terms.total * batch.share)
+        return terms
+    with engine.autocast():
+        targets_MD, levels_RD = _encode(jepa, batch)
+    leaves = [level.detach().requires_grad_() for level in levels_RD]
+    groups = batch.masks.by_group()
+    rows = [group.context[0].numel() for group in groups]
+    parts = []
+    for group, *own_levels in zip(groups, *(leaf.split(rows) for leaf in leaves), strict=True):
+        with engine.autocast():
+            part = _predict(jepa, batch, group, targets_MD, own_levels, engine.dtype)
+        engine.backward(part.total * (batch.share / len(groups)))
+        parts.append(part.detached())
+    torch.autograd.backward(levels_RD, [leaf.grad for leaf in leaves])
+    return mean_of_groups(parts)
+
+
+def _encode(jepa: Jepa, batch: MicroBatch) -> tuple[list[Tensor], list[Tensor]]:
     with torch.no_grad():
         targets_MD = jepa.target(batch.clip, levels=jepa.target_levels)
-    levels_RD = jepa.encoder(batch.clip, masks.context, levels=jepa.levels)
+    return targets_MD, jepa.encoder(batch.clip, batch.masks.context, levels=jepa.levels)
+
+
+def _predict(
+    jepa: Jepa,
+    batch: MicroBatch,
+    masks: Masks,
+    targets_MD: Sequence[Tensor],
+    levels_RD: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> LossTerms:
+    grid, image = jepa.encoder.grid(batch.clip), batch.clip.shape[2] == 1
     predicted_RP, context_RP = jepa.predictor(
-        levels_RD, masks.context, masks.predict, jepa.encoder.grid(batch.clip), image=image
+        levels_RD, masks.context, masks.predict, grid, image=image
     )
     return dense_loss(
         jepa.objective,
@@ -98,9 +140,7 @@ def train_step(
     loss = torch.zeros((), device=engine.device)
     terms = []
     for batch in micro_batches:
-        with engine.autocast():
-            term = forward(jepa, batch, engine.dtype)
-        engine.backward(term.total * batch.share)
+        term = forward_backward(jepa, engine, batch)
         loss = loss + term.total.detach() * batch.share
         terms.append(term)
     norms = gradient_norms(named_parameters(jepa)) if norms_by_part else {}
