@@ -1,8 +1,10 @@
-"""The official V-JEPA 2.1 step from a checkout given by path: their modules, called as their trainer calls them.
+"""The official V-JEPA 2.1 step from a checkout given by path: their modules, called as their
+trainer calls them.
 
-Nothing of the checkout is copied: this file imports its encoder, predictor, wrappers, mask distances and mask
-gathering, and drives them in the order of its training script. Packages that the checkout imports but the step
-never uses (timm's drop path at rate 0, torchvision, einops) are stood in for if they are not installed.
+Nothing of the checkout is copied: this file imports its encoder, predictor, wrappers, mask
+distances and mask gathering, and drives them in the order of its training script. Packages that
+the checkout imports but the step never uses (timm's drop path at rate 0, torchvision, einops) are
+stood in for if they are not installed.
 """
 
 import copy
@@ -25,7 +27,8 @@ OFFICIAL_NAMES = {"vit_giant": "vit_giant_xformers", "vit_gigantic": "vit_gigant
 
 
 def import_official(path: Path) -> Callable[[str], Any]:
-    """Make a checkout importable; returns `load(module name)`. SystemExit if it is not a checkout."""
+    """Make a checkout importable; returns `load(module name)`. SystemExit if it is not a
+    checkout."""
     if not (path / "app" / "vjepa_2_1" / "models" / "vision_transformer.py").is_file():
         sys.exit(f"--reference {path}: expected an official V-JEPA 2 checkout with app/vjepa_2_1")
     for name in ("timm.models.layers", "einops", "torchvision"):
@@ -54,7 +57,8 @@ def _stand_in(name: str) -> None:
 
 
 class OfficialStep:
-    """One official training step: same weights, clip and masks as ours, AdamW and EMA as its trainer has them."""
+    """One official training step: same weights, clip and masks as ours, AdamW and EMA as its
+    trainer has them."""
 
     def __init__(
         self, path: Path, *, model: str, size: int, frames: int, pred_depth: int, dtype: torch.dtype
@@ -65,10 +69,15 @@ class OfficialStep:
         wrappers = load("app.vjepa_2_1.wrappers")
         self.apply_masks = load("src.masks.utils").apply_masks
         self.mask_distance = load(f"{MODULES}.utils.masks_dist").compute_mask_distance
-        shape = dict(
-            img_size=size, num_frames=frames, tubelet_size=2, use_rope=True, interpolate_rope=True,
-            img_temporal_dim_size=1, modality_embedding=True,
-        )  # fmt: skip
+        shape: dict[str, Any] = {
+            "img_size": size,
+            "num_frames": frames,
+            "tubelet_size": 2,
+            "use_rope": True,
+            "interpolate_rope": True,
+            "img_temporal_dim_size": 1,
+            "modality_embedding": True,
+        }
         encoder = getattr(vit, OFFICIAL_NAMES.get(model, model))(use_sdpa=True, **shape)
         self.width = encoder.embed_dim
         self.encoder = wrappers.MultiSeqWrapper(encoder)

@@ -1,13 +1,17 @@
-"""A whole training step of ours against the official one, in turn in one process: ratio of time and of memory.
+"""A whole training step of ours against the official one, in turn in one process: ratio of time
+and of memory.
 
-    python benchmarks/step_vs_reference.py --reference PATH/TO/vjepa2 --model vit_small --size 256 --json out.json
+    python benchmarks/step_vs_reference.py --reference PATH/TO/vjepa2 --model vit_small --size 256
+    --json out.json
 
-Both sides start from the same weights and run the same steps on the same clip and masks: target, context,
-predictor, distance weights, loss, backward, AdamW, EMA. Time: the two sides in turn, `--repeats` pairs after a
-warm-up, the median of the pairs' ratios. Memory: each side alone in a fresh process, peak resident memory of its
-steps over what the process held before its models were built. `--dtype` is ours; on a CPU the official code has
-no reduced precision (its autocast is CUDA's), so there it runs in float32 unless `--reference-dtype` says
-otherwise.
+Both sides start from the same weights and run the same steps on the same clip and masks: target,
+context, predictor, distance weights, loss, backward, AdamW, EMA. Drawing the masks is the data
+workers' business on both sides and not timed. Time: the two sides in turn, `--repeats` pairs after
+a warm-up, the median of the pairs' ratios. Memory: each side alone in a fresh process, the peak of
+all live tensors (weights, moments, EMA, clip, activations, gradients) over four steps, from
+PyTorch's own record of its allocations; what libraries hold beside them is not counted. `--dtype`
+is ours; on a CPU the official code has no reduced precision (its autocast is CUDA's), so there it
+runs in float32 unless `--reference-dtype` says otherwise.
 """
 
 import argparse
@@ -16,16 +20,19 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-sys.path[:0] = [str(Path(__file__).resolve().parent)]
 from official import OfficialStep
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from fastjepa.masking.batch import MaskMaker, Masks
+from fastjepa.masking.batch import MaskMaker, Masks, distance_weights
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Predictor, build_encoder
 from fastjepa.objective.dense_loss import Objective
@@ -35,8 +42,11 @@ from fastjepa.train.guard import LossGuard
 from fastjepa.train.step import Jepa, MicroBatch, train_step
 
 DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16
-}  # fmt: skip
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
 LR, MOMENTUM, LAMBDA = 1e-4, 0.99925, 0.5
 VIDEO_GROUPS = (
     Blocks(num_blocks=8, spatial_scale=(0.15, 0.15)),
@@ -47,79 +57,84 @@ VIDEO_GROUPS = (
 class OurStep:
     """Our training step behind the same call as the official one's."""
 
-    def __init__(self, *, model: str, pred_depth: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, *, model: str, pred_depth: int, dtype: torch.dtype, grid: tuple[int, int, int]
+    ) -> None:
         torch.manual_seed(0)
         self.encoder = build_encoder(model)
         levels = PRESETS[model].levels
         self.predictor = Predictor(
-            encoder_width=self.encoder.width,
-            num_levels=len(levels),
-            depth=pred_depth,
+            encoder_width=self.encoder.width, num_levels=len(levels), depth=pred_depth,
             num_mask_tokens=2,
-        )
+        )  # fmt: skip
         target = build_encoder(model)
         target.load_state_dict(self.encoder.state_dict())
-        self.jepa = Jepa(
-            self.encoder,
-            self.predictor,
-            target,
-            Objective((1 / len(levels),) * len(levels)),
-            levels,
-            levels,
-        )
+        objective = Objective((1 / len(levels),) * len(levels))
+        self.jepa = Jepa(self.encoder, self.predictor, target, objective, levels, levels)
         self.engine = TorchEngine(
             encoder=self.encoder, predictor=self.predictor, target=target, dtype=dtype
         )
         self.guard = LossGuard(sigma=None, window=300, start=0, device=torch.device("cpu"))
+        self.grid = grid
 
-    def __call__(self, clip: Tensor, masks: Masks, number: int) -> float:
+    def __call__(self, clip: Tensor, masks: Masks) -> float:
+        """One step; distance weights are made in it, as theirs are."""
+        pairs = zip(masks.context, masks.predict, strict=True)
+        weights = tuple(distance_weights(c, p, self.grid) for c, p in pairs)
         report = train_step(
-            self.jepa, self.engine, self.guard, [MicroBatch(clip, masks, 1.0, LAMBDA)],
-            step=number, lr=LR, weight_decay=0.04, momentum=MOMENTUM,
+            self.jepa, self.engine, self.guard,
+            [MicroBatch(clip, replace(masks, weights=weights), 1.0, LAMBDA)],
+            step=0, lr=LR, weight_decay=0.04, momentum=MOMENTUM,
         )  # fmt: skip
         return float(report.loss)
 
 
-def build(args: argparse.Namespace, side: str) -> Any:
-    """`step(number) -> loss` of one side; masks of step s are those of seed 0, ours timed with its distances."""
+def mask_maker(args: argparse.Namespace) -> MaskMaker:
+    """The masks of a step are those of seed 0, the same for both sides."""
+    grid = (args.frames // 2, args.size // 16, args.size // 16)
+    return MaskMaker(VIDEO_GROUPS, grid, args.batch, seed=0, weigh=False)
+
+
+def build(args: argparse.Namespace, side: str) -> Callable[[Masks], float]:
+    """`step(masks) -> loss` of one side, on its copy of the same clip."""
     torch.manual_seed(1)
     clip = torch.randn(args.batch, 3, args.frames, args.size, args.size)
-    maker = MaskMaker(
-        VIDEO_GROUPS, (args.frames // 2, args.size // 16, args.size // 16), args.batch, seed=0
+    grid = mask_maker(args).grid
+    ours = OurStep(
+        model=args.model, pred_depth=args.pred_depth, dtype=DTYPES[args.dtype], grid=grid
     )
-    ours = OurStep(model=args.model, pred_depth=args.pred_depth, dtype=DTYPES[args.dtype])
     if side == "ours":
-        return lambda number: ours(clip, maker(number), number)
+        return partial(ours, clip)
     official = OfficialStep(
         args.reference, model=args.model, size=args.size, frames=args.frames,
         pred_depth=args.pred_depth, dtype=DTYPES[args.reference_dtype],
     )  # fmt: skip
     official.load(ours.encoder.state_dict(), ours.predictor.state_dict())
-    del ours
-
-    def step(number: int) -> float:
-        masks = maker(number)
-        return official(
-            clip, masks.context, masks.predict, lr=LR, context_weight=LAMBDA, momentum=MOMENTUM
-        )
-
-    return step
+    return lambda masks: official(
+        clip, masks.context, masks.predict, lr=LR, context_weight=LAMBDA, momentum=MOMENTUM
+    )
 
 
 def peak_memory(args: argparse.Namespace, side: str) -> int:
-    """Bytes one side adds to a fresh process at its peak, over three steps."""
+    """Bytes of one side's live tensors at their peak, measured in a fresh process."""
     command = [sys.executable, __file__, *args.argv, "--memory-of", side]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"memory of {side}: {done.stderr.strip().splitlines()[-1]}")
-    return int(done.stdout)
+    return int(done.stdout.split()[-1])
 
 
-def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def peak_of_tensors(args: argparse.Namespace, side: str) -> int:
+    """Largest sum of live allocations while one side is built and makes four steps."""
+    maker = mask_maker(args)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step = build(args, side)
+        for number in range(4):
+            step(maker(number))
+    assert record.profiler is not None
+    events = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in changes))
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:
@@ -147,21 +162,19 @@ def main(argv: list[str]) -> None:
     args = parsed(argv)
     torch.set_num_threads(args.threads)
     if args.memory_of:
-        before = resident("VmRSS")
-        step = build(args, args.memory_of)
-        for number in range(3):
-            step(number)
-        print(resident("VmHWM") - before)
+        print(peak_of_tensors(args, args.memory_of))
         return
 
     memory = {side: peak_memory(args, side) for side in ("ours", "reference")}
+    maker = mask_maker(args)
     sides = {side: build(args, side) for side in ("ours", "reference")}
     times: dict[str, list[float]] = {side: [] for side in sides}
     losses: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(args.repeats + 1):
+        masks = maker(number)
         for side, step in sides.items():
             start = time.perf_counter()
-            losses[side].append(step(number))
+            losses[side].append(step(masks))
             if number:
                 times[side].append(time.perf_counter() - start)
 
@@ -169,7 +182,7 @@ def main(argv: list[str]) -> None:
     differences = [
         abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["reference"], strict=True)
     ]
-    figures = {
+    figures: dict[str, Any] = {
         "time_ratio": statistics.median(ratios),
         "memory_ratio": memory["ours"] / memory["reference"],
         "loss_relative_difference": max(differences),

@@ -184,7 +184,7 @@ class Objective(Section):
     ramp: Ramp | None = Ramp()
     distance_weights: bool = True
     offset: bool = False
-    loss_exp: Annotated[float, Field(gt=0.0)] = 1.0
+    loss_exp: Annotated[float, Field(ge=1.0)] = 1.0
     normalize_predictor: bool = False
 
 

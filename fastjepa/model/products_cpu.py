@@ -1,6 +1,6 @@
 """The matrix products of a Linear layer on a CPU, each by the faster of oneDNN and MKL.
 
-Measured with two threads of an EPYC (`benchmarks/products_cpu.py`): oneDNN with the bias, or the
+Measured with two threads of an EPYC (benchmarks/products_cpu.py): oneDNN with the bias, or the
 residual, in its epilogue wins where the weight's rows are the short side, and for the input's
 gradient; with many rows it is worth a transposed copy of the weight; MKL wins for the weight's
 gradient, best as a tall matrix. Where oneDNN is not built in, and in float64, everything is the
@@ -15,16 +15,11 @@ from torch import Tensor
 # From this many rows on, a transposed copy of a wide weight pays for itself.
 MANY_ROWS = 2048
 
-# oneDNN builds a kernel for each new shape, and shapes change with the masks: about a
-# millisecond, which a product of fewer input values never earns back.
-WORTH_A_KERNEL = 150_000
-
 _onednn = torch.ops.mkldnn
 
 
 def _by_onednn(x: Tensor) -> bool:
-    known = torch.backends.mkldnn.is_available() and x.dtype in (torch.float32, torch.bfloat16)
-    return known and x.numel() >= WORTH_A_KERNEL
+    return torch.backends.mkldnn.is_available() and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _laid_out(weight_OI: Tensor, rows: int) -> Tensor:

@@ -1,6 +1,7 @@
 """A whole training step: micro-batches, accumulation, and steps that must leave no trace."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
-from fastjepa.train.step import Jepa, MicroBatch, StepReport, forward, train_step
+from fastjepa.train.step import (
+    Jepa,
+    MicroBatch,
+    StepReport,
+    forward,
+    forward_backward,
+    named_parameters,
+    train_step,
+)
 
 LEVELS = (0, 1)
 CPU = torch.device("cpu")
@@ -233,3 +242,28 @@ def test_a_wider_frozen_teacher_teaches_its_last_level() -> None:
     assert not report.veto
     assert report.terms[0].predict_terms.shape == (2, 1)
     assert same([p.detach() for p in teacher.parameters()], before)
+
+
+@pytest.mark.parametrize("context_weight", [0.5, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mask_groups_in_turn_equal_the_packed_pass(
+    dtype: torch.dtype, context_weight: float
+) -> None:
+    found = []
+    for in_turn in (False, True):
+        jepa, engine, _ = make(dtype, in_turn=in_turn)
+        batch = replace(micro_batch(share=0.3, dtype=dtype), context_weight=context_weight)
+        terms = forward_backward(jepa, engine, batch)
+        found.append((terms, {n: p.grad for n, p in named_parameters(jepa)}))
+    (packed, expected), (turns, ours) = found
+    near = (
+        {"rtol": 1e-10, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-7}
+    )
+    assert torch.allclose(packed.total, turns.total, **near)
+    assert torch.allclose(packed.predict_terms, turns.predict_terms, **near)
+    assert (packed.context is None) == (turns.context is None)
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert ours[name] is None
+        else:
+            assert torch.allclose(gradient, ours[name], **near), name
