@@ -1,6 +1,8 @@
 """The command line: `fastjepa COMMAND --help`. A mistake of the user is one line and exit code
 2."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +42,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
             finished = True
         else:
             finished = trainer.run(stop)
-    again = " ".join(["fastjepa train", str(recipe), *(overrides or [])])
+    again = " ".join([_program(), "train", str(recipe), *(overrides or [])])
     if not finished:
         console.say(f"stopped by {stop.name} after step {trainer.step}, saved; to go on: {again}")
         return
@@ -51,8 +53,10 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
             console.say(f"{path}: {about}")
     folder = trainer.folder
     console.say(f"{folder}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/latest")
-    console.say(f"next: fastjepa features {folder} YOUR_VIDEOS --out features")
-    console.say(f"      fastjepa train {recipe} run.folder=runs/mine data.video=FOLDER_OF_VIDEOS")
+    console.say(f"next: {_program()} features {folder} YOUR_VIDEOS --out features")
+    console.say(
+        f"      {_program()} train {recipe} run.folder=runs/mine data.video=FOLDER_OF_VIDEOS"
+    )
 
 
 @app.command()
@@ -183,6 +187,14 @@ def config_import(
     else:
         out.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {out}")
+
+
+def _program() -> str:
+    """How this person can call us again: by name if it is on the path, else as they did."""
+    if shutil.which("fastjepa"):
+        return "fastjepa"
+    called = Path(sys.argv[0])
+    return "python -m fastjepa.cli" if called.suffix == ".py" else os.path.relpath(called)
 
 
 def _numbers(option: str, text: str) -> list[int]:

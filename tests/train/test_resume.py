@@ -68,7 +68,7 @@ def test_signal_saves_and_says_how_to_go_on(write_recipe: Write, name: str) -> N
     code, out = finish(process)
     assert code == 0
     assert f"stopped by {name}" in out
-    assert f"to go on: fastjepa train {recipe}" in out
+    assert f"train {recipe}" in out.split("to go on: ")[1]
     saved = latest_checkpoint(recipe.with_suffix(""))
     assert saved is not None
     code, out = run(recipe)
