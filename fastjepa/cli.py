@@ -83,17 +83,18 @@ def features(
 
     encoder, _ = load_encoder(model)
     bad = 0
-    for source, paths, shape in extract_files(
+    for found in extract_files(
         encoder, sources, out,
         levels=None if levels is None else _numbers("--levels", levels),
         size=size, frames=frames, fps=fps, batch=batch, form=format,  # type: ignore[arg-type]
         overwrite=overwrite, device=device_of(device),
     ):  # fmt: skip
-        if paths:
-            typer.echo(f"{source} -> {', '.join(map(str, paths))} {list(shape)}")
+        if found.paths:
+            written = ", ".join(map(str, found.paths))
+            typer.echo(f"{found.source} -> {written} {list(found.shape)}")
         else:
             bad += 1
-            typer.echo(f"warning: skipped {source}: it cannot be read", err=True)
+            typer.echo(f"warning: skipped {found.reason}", err=True)
     if bad:
         raise typer.Exit(1)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from fastjepa.data.media import load_for_features
 from fastjepa.features.extract import extract
 from fastjepa.features.writer import FeatureWriter, Form
 from fastjepa.model import Encoder
+
+
+class Extracted(NamedTuple):
+    """One file's outcome: what was written and the shape, or why it could not be read."""
+
+    source: str
+    paths: list[Path]
+    shape: tuple[int, ...]
+    reason: str
 
 
 def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
@@ -39,12 +48,12 @@ def extract_files(
     form: Form = "safetensors",
     overwrite: bool = False,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[str, list[Path], tuple[int, ...]]]:
-    """Write dense features `[T', H', W', D]` of every file; yields (file, written paths, shape).
+) -> Iterator[Extracted]:
+    """Write dense features `[T', H', W', D]` of every file; yields an `Extracted` each.
 
     sources: manifests as in a recipe (a file, a folder, a glob, CSV/Parquet/JSONL). levels: block
     indices, the last if None. size: short side in pixels, any multiple of the patch. A file that
-    cannot be read is yielded with no paths, and the others go on. Raises ValueError for a bad
+    cannot be read is yielded with its reason and no paths, last. Raises ValueError for a bad
     argument, a manifest that is none, or an output that exists.
     """
     chosen = list(encoder.levels[-1:] if levels is None else levels)
@@ -78,9 +87,9 @@ def extract_files(
         encoder.to(device).features, inputs(), chosen, batch=batch, device=device
     ):
         paths = writer.write(name, features, {"source": names[name]})
-        yield names[name], paths, tuple(features[chosen[-1]].shape)
-    for path, _ in failed:
-        yield path, [], ()
+        yield Extracted(names[name], paths, tuple(features[chosen[-1]].shape), "")
+    for path, reason in failed:
+        yield Extracted(path, [], (), reason)
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The matrix products of a Linear layer on a CPU, each by the faster of oneDNN and MKL.
 
-Measured with two threads of an EPYC (benchmarks/products_cpu.py): oneDNN with the bias, or the
+Measured with two threads of an EPYC (benchmarks/cpu_choices.py): oneDNN with the bias, or the
 residual, in its epilogue wins where the weight's rows are the short side, and for the input's
 gradient; with many rows it is worth a transposed copy of the weight; MKL wins for the weight's
 gradient, best as a tall matrix. Where oneDNN is not built in, and in float64, everything is the
