@@ -176,6 +176,9 @@ class Loader:
                 yield _next_batch(answers)
         finally:
             answers._shutdown_workers()
+            # One that is still starting needs the queues, if only to find that it is over.
+            for worker in answers._workers:
+                worker.join(timeout=60.0)
 
 
 class _Answers:
