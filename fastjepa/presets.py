@@ -1,7 +1,8 @@
 """The encoder zoo as plain numbers: name to width, depth, heads, MLP width and supervised levels.
 
-Imports nothing, so that the recipe can be resolved from it. Sizes: SPEC section 2 of the paper's
-released code (the level 37 of ViT-G is the released code's, where the paper's text has 36).
+Imports nothing, so that the recipe can be resolved from it. Sizes: docs/method.md section 2 of
+the paper's released code (the level 37 of ViT-G is the released code's, where the paper's text
+has 36).
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,8 @@ from fastjepa.presets import PRESETS
 
 
 class EncoderSizes(TypedDict):
-    """Keyword arguments of an encoder (SPEC section 2); `levels` are 0-based block indices."""
+    """Keyword arguments of an encoder (docs/method.md section 2); `levels` are 0-based block
+    indices."""
 
     width: int
     depth: int

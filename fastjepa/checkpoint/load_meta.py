@@ -1,4 +1,4 @@
-"""Official V-JEPA 2.1 files to plain tensors under the released names (SPEC section 7).
+"""Official V-JEPA 2.1 files to plain tensors under the released names (docs/method.md section 7).
 
     encoder, predictor, info = read_official(Path("vjepa2_1_vitl_dist_vitG_384.pt"))
 

@@ -12,7 +12,9 @@ from fastjepa.config.errors import RecipeError
 from fastjepa.config.schema import Data, Duration, MaskGroup, Model, Objective, Optim, Recipe
 from fastjepa.presets import PRESETS, EncoderSize, default_levels
 
-SMALLEST_HEAD = 6  # three axes of at least one rotated pair of channels each (SPEC section 2)
+SMALLEST_HEAD = (
+    6  # three axes of at least one rotated pair of channels each (docs/method.md section 2)
+)
 
 
 @dataclass(frozen=True)

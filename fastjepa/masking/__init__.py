@@ -1,1 +1,2 @@
-"""Multi-block masks: which tokens of a clip are context, which are predicted (SPEC section 3)."""
+"""Multi-block masks: which tokens of a clip are context, which are predicted (docs/method.md
+section 3)."""

@@ -50,8 +50,8 @@ def distance_weights(
 ) -> Tensor:
     """`1 / sqrt(d)`, d the distance to the nearest predicted token in grid units: [B, Kc] float32.
 
-    With `offset`, d is divided by `max(1, grid side // 16)` first (SPEC section 5; the reference
-    divides by zero below 16).
+    With `offset`, d is divided by `max(1, grid side // 16)` first (docs/method.md section 5; the
+    reference divides by zero below 16).
     """
     distance = mask_distance(context_BK, predict_BK, grid)
     if offset:

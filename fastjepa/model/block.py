@@ -1,4 +1,5 @@
-"""The pre-norm transformer block: `x += attn(norm1(x)); x += mlp(norm2(x))` (SPEC section 2).
+"""The pre-norm transformer block: `x += attn(norm1(x)); x += mlp(norm2(x))` (docs/method.md
+section 2).
 
 The modules hold the weights under the released names. On a CPU the arithmetic runs through
 block_cpu.py, which gives the same numbers with fewer passes and saved tensors; elsewhere as it is

@@ -1,5 +1,5 @@
 """Initial weights: truncated normal of std 0.02, residual projections scaled down with depth
-(SPEC section 2)."""
+(docs/method.md section 2)."""
 
 from collections.abc import Iterable
 from math import sqrt

@@ -1,6 +1,6 @@
 """Rotary positions in three axes: one table of cosines and sines a forward, shared by all blocks.
 
-Shapes: N grid tokens, C head channels. (SPEC section 2, rotary positions.)
+Shapes: N grid tokens, C head channels. (docs/method.md section 2, rotary positions.)
 """
 
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""The predictor: features of every token from those of the visible ones (SPEC section 4).
+"""The predictor: features of every token from those of the visible ones (docs/method.md section 4).
 
 The released code sorts context and mask tokens by position before the blocks and undoes it after.
 Positions enter by RoPE on the true token indices and nothing else depends on the order, so here

@@ -1,1 +1,1 @@
-"""The dense predictive objective (SPEC section 5), its schedule, and its health."""
+"""The dense predictive objective (docs/method.md section 5), its schedule, and its health."""

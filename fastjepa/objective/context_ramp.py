@@ -1,4 +1,4 @@
-"""The weight of the context term over the run (SPEC section 5, lambda)."""
+"""The weight of the context term over the run (docs/method.md section 5, lambda)."""
 
 
 def context_weight(step: int, full: float, ramp: tuple[int, int] | None) -> float:

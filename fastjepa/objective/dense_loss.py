@@ -1,4 +1,5 @@
-"""The loss of one micro-batch from the predictor's rows and the raw target levels (SPEC section 5).
+"""The loss of one micro-batch from the predictor's rows and the raw target levels (docs/method.md
+section 5).
 
 Shapes: R packed rows, P predictor width, M = B N target rows, D target width, G mask groups, L
 levels.

@@ -76,7 +76,7 @@ _PARTS = (
 
 
 def part_of(name: str) -> str:
-    """The part a parameter counts to, from its dotted released name (SPEC section 7).
+    """The part a parameter counts to, from its dotted released name (docs/method.md section 7).
 
     One of tokenizer (with the encoder's modality embeddings), encoder_blocks, encoder_norms,
     predictor_embed (with mask tokens and modality embeddings), predictor_blocks, predictor_heads

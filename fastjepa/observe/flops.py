@@ -2,7 +2,7 @@
 
 Counted: matrix products at 2 operations per multiply-add, attention at 4 N^2 D a block, and the
 loss element by element. Not counted: norms, GELU, rotary positions and the optimizer, which are
-bound by memory. Sizes follow SPEC sections 2 and 4; footprint.py estimates bytes.
+bound by memory. Sizes follow docs/method.md, sections 2 and 4; footprint.py estimates bytes.
 """
 
 from dataclasses import dataclass
@@ -154,7 +154,7 @@ def step_flops(
     target: EncoderNumbers | None = None,
     checkpointing: bool = False,
 ) -> StepFlops:
-    """Operations of one step (SPEC sections 2 to 5).
+    """Operations of one step (docs/method.md, sections 2 to 5).
 
     The target encoder (`target`, by default of the encoder's size) runs once, forward only, on the
     whole grid. Context encoder and predictor run once per mask group; backward costs twice the

@@ -1,5 +1,5 @@
-"""AdamW's parameter groups: no weight decay on biases and one-dimensional parameters (SPEC
-section 6)."""
+"""AdamW's parameter groups: no weight decay on biases and one-dimensional parameters
+(docs/method.md section 6)."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,5 +1,5 @@
-"""Schedules as pure functions of the step (SPEC section 6); `step` counts from 0, values hold
-during it."""
+"""Schedules as pure functions of the step (docs/method.md section 6); `step` counts from 0,
+values hold during it."""
 
 from math import cos, pi
 from typing import Literal

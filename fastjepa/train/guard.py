@@ -12,7 +12,7 @@ class LossGuard:
     """Decides whether a step may count, from its loss and the last accepted losses.
 
     `sigma` None leaves the jump test out. Jumps are tested from step `start`, once half of
-    `window` losses are known (the reference's rule, SPEC section 6).
+    `window` losses are known (the reference's rule, docs/method.md section 6).
     """
 
     def __init__(

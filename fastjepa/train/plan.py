@@ -30,8 +30,8 @@ class StepPlan:
 
     `mix` accumulate: every step holds `accumulate` micro-batches of each modality, weighed by
     `image_share`. `mix` alternate: a step is all video or all image, images every 1 / image_share
-    steps; the same on average (SPEC section 6, images and videos together). `context_weights` are
-    lambda's full values.
+    steps; the same on average (docs/method.md section 6, images and videos together).
+    `context_weights` are lambda's full values.
     """
 
     steps: int

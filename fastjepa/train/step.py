@@ -1,4 +1,4 @@
-"""The method on one screen: one V-JEPA 2.1 training step (SPEC sections 5 and 6).
+"""The method on one screen: one V-JEPA 2.1 training step (docs/method.md, sections 5 and 6).
 
 Shapes: B batch, N grid tokens, R packed rows of kept tokens, D width, P predictor width, G mask
 groups.

@@ -218,8 +218,8 @@ def dense_l1(
     normalize_prediction: bool = False,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """Dense loss of all mask groups at once: `mean_g mean_{r in g, c} w_r |z - y|^p / p` (SPEC
-    section 5).
+    """Dense loss of all mask groups at once: `mean_g mean_{r in g, c} w_r |z - y|^p / p`
+    (docs/method.md section 5).
 
     z_RE: predictions [R, L*D], levels side by side, the rows of group 0 first. targets_MD: L
     tensors [M, D], raw; each row is normalised (no affine, `eps`) when it is read, rows that no

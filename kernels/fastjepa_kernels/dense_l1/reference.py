@@ -28,7 +28,7 @@ def dense_l1(
 
     Returns the total and the terms [G, L], each the mean over its group's rows and its level's
     channels; the total weighs them by `level_weights` (1/L each if None) and averages the groups
-    (SPEC section 5).
+    (docs/method.md section 5).
     """
     levels, width = len(targets_MD), targets_MD[0].shape[-1]
     z_RLD = z_RE.unflatten(-1, (levels, width))

@@ -15,7 +15,8 @@ def ema_update(
     *,
     veto: Tensor | None = None,
 ) -> None:
-    """`target = m target + (1 - m) source`, in place, read 2 and write 1 (SPEC section 6).
+    """`target = m target + (1 - m) source`, in place, read 2 and write 1 (docs/method.md section
+    6).
 
     targets: float32 (m = 0.99925 moves less than a bfloat16 can hold) or float64. sources: the
     same shapes, in the same order. veto: a 0-d tensor, non-zero where nothing may change; stays

@@ -17,7 +17,8 @@ def mask_distance(context_BK: Tensor, predict_BK: Tensor, grid: tuple[int, int, 
 
     context_BK, predict_BK: [B, K] int32 or int64 token indices below T*H*W; at least one
     predicted token a clip. grid: (T, H, W). Returns [B, K context] float32, exact: the root of an
-    integer (SPEC section 5). Raises ValueError for shapes, dtypes or indices that do not fit.
+    integer (docs/method.md section 5). Raises ValueError for shapes, dtypes or indices that do
+    not fit.
     """
     num_tokens = grid[0] * grid[1] * grid[2]
     for name, index in (("context", context_BK), ("predict", predict_BK)):

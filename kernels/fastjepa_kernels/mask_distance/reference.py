@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def positions(index_BK: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Token indices to (t, h, w) grid positions: [B, K] -> [B, K, 3] int64 (SPEC section 1)."""
+    """Token indices to (t, h, w) grid positions: [B, K] -> [B, K, 3] int64 (docs/method.md
+    section 1)."""
     _, height, width = grid
     return torch.stack(
         (index_BK // (height * width), index_BK // width % height, index_BK % width), dim=-1
@@ -16,7 +17,8 @@ def positions(index_BK: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 
 def mask_distance(context_BK: Tensor, predict_BK: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Euclidean distance in token-grid units, [B, K context] float64 (SPEC section 5, `d_i`)."""
+    """Euclidean distance in token-grid units, [B, K context] float64 (docs/method.md section 5,
+    `d_i`)."""
     context = positions(context_BK, grid)
     predict = positions(predict_BK, grid)
     square = (context[:, :, None] - predict[:, None]).square().sum(-1)

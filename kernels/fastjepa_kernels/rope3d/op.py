@@ -60,7 +60,7 @@ def rope3d(qkv_N3HC: Tensor, table_NC2: Tensor) -> Tensor:
 
     qkv_N3HC: [..., N, 3, H, C], C even, last dim contiguous, any float dtype. table_NC2: [..., N,
     C/2, 2] float32 (float64 for float64 qkv): cos and sin, leading dims broadcast. Raises
-    ValueError for shapes or dtypes that do not fit. (SPEC section 2.)
+    ValueError for shapes or dtypes that do not fit. (docs/method.md section 2.)
     """
     if qkv_N3HC.ndim < 4 or qkv_N3HC.shape[-3] != 3:
         raise ValueError(f"qkv: expected shape [..., N, 3, H, C], got {tuple(qkv_N3HC.shape)}")
