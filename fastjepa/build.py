@@ -7,12 +7,12 @@ reads it.
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastjepa.checkpoint import claim_run_folder
+from fastjepa.checkpoint.durable import write_text
 from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, Stream, resolve
 from fastjepa.config.schema import MaskGroup, Recipe, Source
@@ -24,7 +24,6 @@ from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
-from fastjepa.presets import default_levels
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.loop import Trainer
@@ -121,7 +120,7 @@ def encoder_sizes(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
         "depth": size.depth,
         "heads": size.heads,
         "mlp_width": size.mlp_width,
-        "levels": list(recipe.model.levels or default_levels(size.depth)),
+        "levels": list(resolved.norm_levels),
         "patch": recipe.model.patch,
         "tubelet": recipe.model.tubelet,
         "interpolate_rope": recipe.model.interpolate_rope,
@@ -215,11 +214,8 @@ def _claim(recipe: Recipe, resolved: Resolved, console: Console) -> None:
     changed = claim_run_folder(recipe.run.folder, fingerprint, text)
     if changed:
         console.say(f"note: other than in the folder's recipe: {', '.join(changed)}")
-    _write_json(recipe.run.folder / "resolved.json", asdict(resolved))
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(resolved), indent=1) + "\n"
+    write_text(recipe.run.folder / "resolved.json", text)
 
 
 def _plan(recipe: Recipe, resolved: Resolved) -> StepPlan:

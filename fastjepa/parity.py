@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastjepa.golden import GoldenStep, micro_batch, networks, read_golden
 from fastjepa.parity_report import Ledger, Report
 from fastjepa.train.engine import TorchEngine
-from fastjepa.train.step import Jepa, MicroBatch, forward
+from fastjepa.train.step import Jepa, MicroBatch, forward, named_parameters
 from fastjepa_kernels import dense_l1
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -204,15 +204,9 @@ def _normalised(targets_MD: Sequence[Tensor]) -> Tensor:
     return -gradient * zero.numel()
 
 
-def _trained(jepa: Jepa) -> Iterator[tuple[str, nn.Parameter]]:
-    for part, network in (("encoder", jepa.encoder), ("predictor", jepa.predictor)):
-        for name, parameter in network.named_parameters():
-            yield f"{part}.{name}", parameter
-
-
 def _gradients(jepa: Jepa, ledger: Ledger) -> None:
     """A gradient may be missing on one side only where the other one is all 0."""
-    for name, parameter in _trained(jepa):
+    for name, parameter in named_parameters(jepa):
         key, ours = f"grad.{name}", parameter.grad
         recorded = ledger.golden.tensors.get(key)
         if ours is not None and recorded is not None:
@@ -230,13 +224,15 @@ def _update(jepa: Jepa, engine: TorchEngine, ledger: Ledger) -> None:
     a sum that should be 0 could become a whole step.
     """
     golden = ledger.golden
-    for name, parameter in _trained(jepa):
+    for name, parameter in named_parameters(jepa):
         parameter.grad = golden.tensors.get(f"grad.{name}")
     engine.step(
         lr=LR, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM,
         veto=torch.zeros((), device=engine.device),
     )  # fmt: skip
-    results = {f"after_adamw.{name}": ("AdamW", parameter) for name, parameter in _trained(jepa)}
+    results = {
+        f"after_adamw.{name}": ("AdamW", parameter) for name, parameter in named_parameters(jepa)
+    }
     if not golden.distilled:
         for name, parameter in jepa.target.named_parameters():
             results[f"after_ema.target.{name}"] = ("EMA", parameter)

@@ -30,7 +30,7 @@ from fastjepa.model.segments import segments_of
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
-from fastjepa.train.step import Jepa, MicroBatch, train_step
+from fastjepa.train.step import Jepa, MicroBatch, named_parameters, train_step
 from fastjepa_kernels import mask_distance, rope3d
 from fastjepa_kernels.mask_distance.reference import mask_distance as every_pair
 from fastjepa_kernels.rope3d.reference import rotate
@@ -140,8 +140,7 @@ def video_round_trip() -> str:
 def checkpoint_round_trip() -> str:
     """Weights and AdamW's state of a training step, saved and read back bit for bit."""
     jepa, engine, _, _ = _one_step()
-    named = list(jepa.encoder.named_parameters(prefix="encoder"))
-    named += jepa.predictor.named_parameters(prefix="predictor")
+    named = named_parameters(jepa)
     wanted = {
         "encoder": dict(jepa.encoder.state_dict()),
         "optimizer": pack_optimizer(engine.optimizer, named),

@@ -48,12 +48,14 @@ class Stream:
 class Resolved:
     """What a recipe comes to. Steps are optimizer steps; None for a modality without data.
 
-    `encoder.levels` are the supervised blocks (0-based) and `level_weights` their weights, sum 1.
+    `encoder.levels` are the supervised blocks (0-based) and `level_weights` their weights, sum 1;
+    `norm_levels` are all blocks with a norm of their own, supervised or not.
     `clips_per_step` counts clips and images, on average where steps alternate. `ramp` is (start,
     end) or None for a constant context weight. `notes` are sentences on keys without effect.
     """
 
     encoder: EncoderSize
+    norm_levels: tuple[int, ...]
     predictor: PredictorSize
     level_weights: tuple[float, ...]
     video: Stream | None
@@ -76,7 +78,10 @@ def resolve(recipe: Recipe) -> Resolved:
     Raises RecipeError naming key, value and what fits where its values do not go together.
     """
     data, steps = recipe.data, recipe.train.steps
-    encoder = _encoder(recipe.model, recipe.objective.deep)
+    encoder = _encoder(recipe.model)
+    norm_levels = encoder.levels
+    if not recipe.objective.deep:
+        encoder = replace(encoder, levels=norm_levels[-1:])
     predictor = _predictor(recipe.model)
     share = _image_share(data)
     video, image = _streams(recipe, share)
@@ -89,6 +94,7 @@ def resolve(recipe: Recipe) -> Resolved:
     clips = math.fsum(s.clips * (s.share if alternate else 1.0) for s in streams)
     resolved = Resolved(
         encoder=encoder,
+        norm_levels=norm_levels,
         predictor=predictor,
         level_weights=_level_weights(recipe.objective, len(encoder.levels)),
         video=video,
@@ -114,7 +120,7 @@ def in_steps(duration: Duration, steps: int) -> int:
     return round(float(duration.removesuffix("%")) / 100.0 * steps)
 
 
-def _encoder(model: Model, deep: bool) -> EncoderSize:
+def _encoder(model: Model) -> EncoderSize:
     preset = PRESETS[model.name]
     width, depth = model.width or preset.width, model.depth or preset.depth
     heads = model.heads or preset.heads
@@ -135,7 +141,7 @@ def _encoder(model: Model, deep: bool) -> EncoderSize:
         depth=depth,
         heads=heads,
         mlp_width=model.mlp_width or width * preset.mlp_width // preset.width,
-        levels=levels if deep else levels[-1:],
+        levels=levels,
     )
 
 

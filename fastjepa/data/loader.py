@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import GEN_CLOSED, getgeneratorstate
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -122,9 +123,9 @@ class Loader:
         self._running.append(running)
         return running
 
-    def batch_at(self, step: int) -> Batch:
-        """Make one batch here and now, without workers. Raises TooManyBadFiles."""
-        return self._source[step]
+    def first_clip(self) -> Batch:
+        """The first sample alone, made here and now without extras. Raises TooManyBadFiles."""
+        return replace(self._source, batch=1, extras=None)[0]
 
     def close(self) -> None:
         """End the iterators that are under way, and their workers."""

@@ -63,7 +63,7 @@ class Trainer:
         checkpoint stands then.
         """
         watch = self._health_so_far()
-        probe = Probe(self.jepa, self.probe_clip(next(iter(self.loaders))))
+        probe = Probe(self.jepa, normalise(self.probe_clip(next(iter(self.loaders)))))
         meter = Throughput()
         batches = {
             modality: loader.batches(
@@ -114,10 +114,8 @@ class Trainer:
         )
 
     def probe_clip(self, modality: Modality) -> torch.Tensor:
-        """The fixed clip that health and pictures are taken on: [1, 3, T, H, W], normalised."""
-        loader = self.loaders[modality]
-        clip = self._noted(lambda: loader.batch_at(0)).clip[:1]
-        return normalise(clip.to(self.engine.device))
+        """The fixed clip that health and pictures are taken on: uint8 [1, 3, T, H, W]."""
+        return self._noted(self.loaders[modality].first_clip).clip.to(self.engine.device)
 
     def _train_step(
         self, batches: Mapping[Modality, Iterator[Batch]], meter: Throughput, norms: bool

@@ -29,7 +29,7 @@ class _Target:
     row_R: Tensor
     group_sizes: tuple[int, ...]
     token_weight_R: Tensor | None
-    level_weights: tuple[float, ...]
+    beta_L: Tensor
     exponent: float
     normalize_prediction: bool
     eps: float
@@ -47,7 +47,7 @@ class _Target:
     ) -> tuple[Tensor, Tensor | None]:
         """Loss terms [L] of some rows and, if asked, the total's gradient for them [r, E]."""
         levels, width = len(self.targets_MD), self.targets_MD[0].shape[-1]
-        wide = torch.float64 if z_rE.dtype == torch.float64 else torch.float32
+        wide = self.beta_L.dtype
         index_r = self.row_R[rows]
         y_LrD = torch.empty((levels, len(index_r), width), dtype=wide, device=z_rE.device)
         for y_rD, target_MD in zip(y_LrD, self.targets_MD, strict=True):
@@ -72,8 +72,7 @@ class _Target:
         if not grad:
             return terms_L, None
 
-        beta_L = torch.tensor(self.level_weights, dtype=wide, device=z_rE.device)
-        scale_Lr1 = (beta_L[:, None] * share_r / (width * len(self.group_sizes)))[..., None]
+        scale_Lr1 = (self.beta_L[:, None] * share_r / (width * len(self.group_sizes)))[..., None]
         dz_LrD = diff_LrD.sign_().mul_(scale_Lr1)
         if self.exponent != 1.0:
             dz_LrD *= size_LrD.pow_(self.exponent - 1.0)
@@ -84,21 +83,17 @@ class _Target:
         return terms_L, dz_LrD.transpose(0, 1).reshape(z_rE.shape)
 
     def total(self, terms_GL: Tensor) -> Tensor:
-        beta_L = torch.tensor(self.level_weights, dtype=terms_GL.dtype, device=terms_GL.device)
-        return (terms_GL * beta_L).sum(-1).mean()
+        return (terms_GL * self.beta_L).sum(-1).mean()
 
-    def new_terms(self, like: Tensor) -> Tensor:
-        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.zeros(
-            (len(self.group_sizes), len(self.targets_MD)), dtype=wide, device=like.device
-        )
+    def new_terms(self) -> Tensor:
+        return self.beta_L.new_zeros((len(self.group_sizes), len(self.targets_MD)))
 
 
 class _DenseL1(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_RE: Tensor, target: _Target) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         grad = ctx.needs_input_grad[0]
-        terms_GL = target.new_terms(z_RE)
+        terms_GL = target.new_terms()
         dz_RE = torch.empty_like(z_RE) if grad else None
         for group, rows in target.chunks():
             terms_L, dz_rE = target.compare(z_RE[rows], group, rows, grad=grad)
@@ -121,7 +116,7 @@ class _LinearDenseL1(torch.autograd.Function):
         ctx, x_RP: Tensor, weight_EP: Tensor, bias_E: Tensor, target: _Target
     ) -> tuple[Tensor, Tensor]:
         grad = any(ctx.needs_input_grad)
-        terms_GL = target.new_terms(x_RP)
+        terms_GL = target.new_terms()
         # The head runs in x's dtype (bfloat16 under autocast); its gradients add up in the
         # weights' own.
         weight, bias = weight_EP.to(x_RP.dtype), bias_E.to(x_RP.dtype)
@@ -156,7 +151,7 @@ class _LinearDenseL1(torch.autograd.Function):
 
 
 def _checked(
-    rows: int,
+    prediction: Tensor,
     channels: int,
     targets_MD: Sequence[Tensor],
     row_R: Tensor,
@@ -171,7 +166,7 @@ def _checked(
         shapes = [tuple(t.shape) for t in targets_MD]
         raise ValueError(f"targets: expected equal shapes [M, D], one tensor a level, got {shapes}")
     num_rows, width = targets_MD[0].shape
-    levels = len(targets_MD)
+    rows, levels = len(prediction), len(targets_MD)
     if channels != levels * width:
         raise ValueError(
             f"prediction: expected {levels} levels x {width} = {levels * width} channels, "
@@ -200,8 +195,10 @@ def _checked(
         raise ValueError(f"level_weights: expected {levels} values, got {len(beta)}")
     if exponent <= 0.0:
         raise ValueError(f"exponent: expected a positive number, got {exponent}")
+    wide = torch.float64 if prediction.dtype == torch.float64 else torch.float32
+    beta_L = torch.tensor(beta, dtype=wide, device=prediction.device)
     return _Target(
-        tuple(t.detach() for t in targets_MD), row_R, tuple(group_sizes), token_weight_R, beta,
+        tuple(t.detach() for t in targets_MD), row_R, tuple(group_sizes), token_weight_R, beta_L,
         exponent, normalize_prediction, eps,
     )  # fmt: skip
 
@@ -232,9 +229,8 @@ def dense_l1(
     if z_RE.ndim != 2:
         raise ValueError(f"prediction: expected [R, E], got {tuple(z_RE.shape)}")
     target = _checked(
-        z_RE.shape[0], z_RE.shape[1], targets_MD, row_R, group_sizes, token_weight_R,
-        level_weights, exponent,
-        normalize_prediction, eps,
+        z_RE, z_RE.shape[1], targets_MD, row_R, group_sizes, token_weight_R, level_weights,
+        exponent, normalize_prediction, eps,
     )  # fmt: skip
     total, terms_GL = _DenseL1.apply(z_RE, target)  # type: ignore[no-untyped-call]
     return total, terms_GL
@@ -266,7 +262,7 @@ def linear_dense_l1(
             f"got {tuple(weight_EP.shape)}"
         )
     target = _checked(
-        x_RP.shape[0], weight_EP.shape[0], targets_MD, row_R, group_sizes, token_weight_R,
+        x_RP, weight_EP.shape[0], targets_MD, row_R, group_sizes, token_weight_R,
         level_weights, exponent, normalize_prediction, eps,
     )  # fmt: skip
     total, terms_GL = _LinearDenseL1.apply(x_RP, weight_EP, bias_E, target)  # type: ignore[no-untyped-call]
