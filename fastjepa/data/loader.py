@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import GEN_CLOSED, getgeneratorstate
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.util import Finalize
@@ -274,6 +275,7 @@ def _signals_held_back() -> Iterator[None]:
     That handler would raise a worker's death in the middle of a training step or a checkpoint;
     without it the death shows where the next batch is asked for.
     """
+    resource_tracker.ensure_running()  # its first start would unblock the signals held back here
     before = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
     try:
