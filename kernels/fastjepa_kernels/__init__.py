@@ -5,10 +5,18 @@ read: the truth in tests. `op.py` is what users call: checks, then the fastest w
 same numbers.
 """
 
-from fastjepa_kernels.dense_l1.op import dense_l1, linear_dense_l1
-from fastjepa_kernels.ema.op import ema_update
-from fastjepa_kernels.mask_distance.op import mask_distance
-from fastjepa_kernels.packing import packed_rows
-from fastjepa_kernels.rope3d.op import rope3d
+from .dense_l1.op import dense_l1, linear_dense_l1
+from .ema.op import ema_update
+from .mask_distance.op import mask_distance, mask_distance_jagged
+from .packing import packed_rows
+from .rope3d.op import rope3d
 
-__all__ = ["dense_l1", "ema_update", "linear_dense_l1", "mask_distance", "packed_rows", "rope3d"]
+__all__ = [
+    "dense_l1",
+    "ema_update",
+    "linear_dense_l1",
+    "mask_distance",
+    "mask_distance_jagged",
+    "packed_rows",
+    "rope3d",
+]

@@ -66,13 +66,21 @@ def imports(source: str, *, module: str, at_import: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            parent = ".".join(module.split(".")[: -node.level]) if node.level else ""
+            inside = module.removesuffix(".__init__").split(".")
+            up = node.level - module.endswith(".__init__")
+            parent = ".".join(inside[: len(inside) - up]) if node.level else ""
             base = ".".join(part for part in (parent, node.module) if part)
             found.add(base)
             # `from fastjepa import presets` names a module, too.
             found |= {f"{base}.{alias.name}" for alias in node.names if base == "fastjepa"}
         todo += list(ast.iter_child_nodes(node))
     return found
+
+
+def imports_of(module: str, *, at_import: bool = False) -> set[str]:
+    path = MODULES[module]
+    name = f"{module}.__init__" if path.name == "__init__.py" else module
+    return imports(path.read_text(), module=name, at_import=at_import)
 
 
 def part(module: str) -> str:
@@ -96,6 +104,8 @@ def test_the_parser_sees_imports_of_every_form() -> None:
         "from .blocks import covered\nclass A:\n  import av\n"
         "def f():\n  from fastjepa.train.step import forward\n"
     )
+    inside = imports("from .data import loader\nfrom ..x import y", module="fastjepa.a.__init__")
+    assert inside == {"fastjepa.a.data", "fastjepa.x"}
     seen = imports(source, module="fastjepa.masking.batch")
     assert ours(seen) == {
         "fastjepa", "fastjepa.data", "fastjepa.presets", "fastjepa.train", "fastjepa.masking",
@@ -107,7 +117,7 @@ def test_the_parser_sees_imports_of_every_form() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_what_its_part_may(module: str) -> None:
-    found = ours(imports(MODULES[module].read_text(), module=module)) - {part(module)}
+    found = ours(imports_of(module)) - {part(module)}
     if part(module) in MAY_IMPORT:
         surplus = found - MAY_IMPORT[part(module)]
         assert not surplus, f"{module} imports {', '.join(sorted(surplus))}"
@@ -122,16 +132,16 @@ def test_every_package_has_its_rule() -> None:
 
 def test_the_kernels_need_torch_and_triton_alone() -> None:
     allowed = {"torch", "triton", "fastjepa_kernels", *sys.stdlib_module_names}
-    for module, path in MODULES.items():
+    for module in MODULES:
         if part(module) == "fastjepa_kernels":
-            roots = {name.split(".")[0] for name in imports(path.read_text(), module=module)}
+            roots = {name.split(".")[0] for name in imports_of(module)}
             assert roots <= allowed, module
 
 
 def test_the_recipe_needs_no_torch() -> None:
-    for module, path in MODULES.items():
+    for module in MODULES:
         if part(module) in ("fastjepa.config", "fastjepa.presets"):
-            names = imports(path.read_text(), module=module)
+            names = imports_of(module)
             assert not any(name.split(".")[0] in ("torch", "numpy") for name in names), module
 
 
@@ -139,8 +149,8 @@ def test_the_recipe_needs_no_torch() -> None:
 def test_heavy_libraries_are_imported_when_called(library: str) -> None:
     early = [
         module
-        for module, path in MODULES.items()
-        for name in imports(path.read_text(), module=module, at_import=True)
+        for module in MODULES
+        for name in imports_of(module, at_import=True)
         if name == library or name.startswith(f"{library}.")
     ]
     # A Triton kernel cannot be written without it; nothing but its op imports such a file.
