@@ -1,10 +1,10 @@
 """The choices behind products_cpu.py and attention_cpu.py, measured: each alternative in turn,
-medians.
+medians; and the error that bfloat16 costs.
 
     python benchmarks/cpu_choices.py --threads 2 --json out.json
 
-Rows are token counts of ViT-small's and ViT-tiny's steps. Prints milliseconds; the JSON holds
-them with the PyTorch version.
+Rows are token counts of ViT-small's and ViT-tiny's steps. Prints milliseconds and
+relative errors; the JSON holds them with the PyTorch version.
 """
 
 import argparse
@@ -12,9 +12,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastjepa.model import attention_cpu
 
@@ -22,7 +24,8 @@ PRODUCTS = ((4096, 384, 1536), (4096, 1536, 384), (1120, 384, 1536), (448, 192, 
 SEQUENCES = ((1, 12, 2048, 32), (1, 12, 1024, 32), (1, 6, 608, 64), (4, 12, 236, 32))
 
 _onednn = torch.ops.mkldnn
-_all_keys = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def in_turn(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -60,22 +63,55 @@ def products(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, fl
 
 
 def attention(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float]:
-    """The backward of flash attention with all keys at once, and in parts, in both dtypes."""
+    """Flash attention with all keys at once against the way we choose, in both dtypes."""
     calls: dict[str, Callable[[], object]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, grad = (torch.randn(shape, dtype=dtype) for _ in range(4))
-        out, lse = attention_cpu.flash_forward(q, k, v)
+        out, lse = _flash(q, k, v)
         name = str(dtype).removeprefix("torch.")
         calls |= {
-            f"forward, {name}": lambda q=q, k=k, v=v: attention_cpu.flash_forward(q, k, v),
-            f"backward, all keys, {name}": lambda a=(grad, q, k, v, out, lse): _all_keys(
-                *a, 0.0, False
+            f"forward, flash, {name}": partial(_flash, q, k, v),
+            f"forward, ours, {name}": partial(attention_cpu.forward, q, k, v),
+            f"backward, flash, {name}": partial(
+                _flash_backward, grad, q, k, v, out, lse, 0.0, False
             ),
-            f"backward, as we call it, {name}": lambda a=(grad, q, k, v, out, lse): (
-                attention_cpu.flash_backward(*a)
-            ),
+            f"backward, ours, {name}": partial(attention_cpu.backward, grad, q, k, v, out, lse),
         }
     return in_turn(calls, repeats)
+
+
+def bfloat16_errors(deviation: float, channels: int) -> dict[str, float]:
+    """Relative error of attention in bfloat16 against float64 from unrounded q, k and v, for
+    scores of a standard deviation: the output and the mean of the three gradients."""
+    shape = (1, 2, 2048, channels)
+    leaves = [torch.randn(shape, dtype=torch.float64) for _ in range(3)]
+    leaves = [(t * deviation**0.5 if i < 2 else t).requires_grad_() for i, t in enumerate(leaves)]
+    grad = torch.randn(shape, dtype=torch.float64)
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * channels**-0.5).softmax(-1) @ v
+
+    exact = formula(*leaves)
+    exact_grads = torch.autograd.grad(exact, leaves, grad)
+    narrow = [t.detach().bfloat16() for t in leaves]
+    narrow_grad = grad.bfloat16()
+    same = [t.clone().requires_grad_() for t in narrow]
+    plain = formula(*same)
+    flash, ours = _flash(*narrow), attention_cpu.forward(*narrow)
+    found = {
+        "formula": (plain, torch.autograd.grad(plain, same, narrow_grad)),
+        "flash": (flash[0], _flash_backward(narrow_grad, *narrow, *flash, 0.0, False)),
+        "ours": (ours[0], attention_cpu.backward(narrow_grad, *narrow, *ours)),
+    }
+
+    def error(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b).norm() / b.norm())
+
+    errors = {}
+    for name, (out, grads) in found.items():
+        errors[f"output, {name}"] = error(out, exact)
+        errors[f"gradients, {name}"] = statistics.mean(map(error, grads, exact_grads))
+    return errors
 
 
 def main() -> None:
@@ -91,8 +127,22 @@ def main() -> None:
         print(title)
         for name, milliseconds in times.items():
             print(f"  {name:36}{milliseconds:10.3f} ms")
+    errors = {
+        f"scores' deviation {deviation}, {channels} channels": bfloat16_errors(deviation, channels)
+        for channels in (32, 64)
+        for deviation in (0.1, 1.0, 3.0)
+    }
+    for title, values in errors.items():
+        print(title)
+        for name, value in values.items():
+            print(f"  {name:36}{value:10.5f}")
     if args.json:
-        record = {"torch": torch.__version__, "threads": args.threads, "milliseconds": found}
+        record = {
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "milliseconds": found,
+            "bfloat16_errors": errors,
+        }
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

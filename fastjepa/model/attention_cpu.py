@@ -1,8 +1,9 @@
-"""Exact attention on a CPU: PyTorch's flash kernels, called where and how they run fastest.
+"""Attention on a CPU, by what runs fastest.
 
-Measured with two threads of an EPYC: in float32 the backward gains a tenth when long sequences
-give it their keys 256 at a time, so that its scores stay in a core's cache; in bfloat16 the
-kernels only beat float32's on long sequences.
+PyTorch's flash kernels in float32, and in bfloat16 plain products (attention_products.py) on long
+sequences. Measured with two threads of an EPYC (benchmarks/cpu_choices.py): flash's backward gains
+a tenth when long sequences give it their keys 256 at a time, so that its scores stay in a core's
+cache; in bfloat16 flash only beats itself in float32 on long sequences, and products beat both.
 
 Shapes: B sequences, H heads, K tokens, C head channels.
 """
@@ -10,9 +11,13 @@ Shapes: B sequences, H heads, K tokens, C head channels.
 import torch
 from torch import Tensor
 
-# The kernel takes 256 queries at a time from this length on; keys are then worth splitting
+from fastjepa.model import attention_products
+
+# From this length on the flash kernel takes 256 queries at a time, and keys are worth splitting
 # likewise.
 LONG = 768
+# From this length on bfloat16 is worth its casts.
+LONG_IN_BFLOAT16 = 512
 KEYS_AT_ONCE = 256
 
 _aten = torch.ops.aten
@@ -20,16 +25,26 @@ _aten = torch.ops.aten
 
 def attention_dtype(dtype: torch.dtype, length: int) -> torch.dtype:
     """The dtype in which sequences of `length` tokens run fastest without losing precision."""
-    return torch.float32 if dtype == torch.bfloat16 and length < LONG else dtype
+    return torch.float32 if dtype == torch.bfloat16 and length < LONG_IN_BFLOAT16 else dtype
 
 
-def flash_forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
+def _by_products(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:
+    return (
+        q_BHKC.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and attention_products.scores_are_small(q_BHKC, k_BHKC)
+    )
+
+
+def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
     """Attention output [B, H, K, C] (tokens before heads in memory) and log-sum-exp [B, H, K]."""
+    if _by_products(q_BHKC, k_BHKC):
+        return attention_products.forward(q_BHKC, k_BHKC, v_BHKC)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHKC, k_BHKC, v_BHKC)
     return out, lse
 
 
-def flash_backward(
+def backward(
     grad_BHKC: Tensor,
     q_BHKC: Tensor,
     k_BHKC: Tensor,
@@ -39,9 +54,11 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each [B, H, K, C].
 
-    Keys may be split because out and lse already know all of them: each part gives its own keys'
-    and values' gradients and a summand of the queries'.
+    In flash's backward keys may be split because out and lse already know all of them: each part
+    gives its own keys' and values' gradients and a summand of the queries'.
     """
+    if _by_products(q_BHKC, k_BHKC):
+        return attention_products.backward(grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC, lse_BHK)
 
     def part(keys: slice) -> tuple[Tensor, Tensor, Tensor]:
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastjepa.model.attention_cpu import attention_dtype, flash_backward, flash_forward
+from fastjepa.model import attention_cpu
 from fastjepa.model.products_cpu import (
     grad_input,
     grad_weight,
@@ -82,7 +82,7 @@ def _heads_first(qkv_R3HC: Tensor, segment: Segment, table: Tensor) -> Tensor:
     C]."""
     qkv_BK3HC = segment.rows(qkv_R3HC)
     count, length, _, heads, channels = qkv_BK3HC.shape
-    dtype = attention_dtype(qkv_R3HC.dtype, length)
+    dtype = attention_cpu.attention_dtype(qkv_R3HC.dtype, length)
     out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=qkv_R3HC.device)
     factor = as_factor(table)[:, None]
     for i in range(2):
@@ -103,7 +103,7 @@ class _AttentionHalf(torch.autograd.Function):
         outs, kept = [], []
         for segment, table in zip(segments, tables, strict=True):
             qkv = _heads_first(qkv_R3HC, segment, table)
-            out, lse = flash_forward(*qkv)
+            out, lse = attention_cpu.forward(*qkv)
             outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]).to(dtype))
             kept += [qkv, lse]
         del qkv_R3HC
@@ -130,7 +130,7 @@ class _AttentionHalf(torch.autograd.Function):
             dmixed, mixed = (
                 segment.rows(t).transpose(1, 2).to(q.dtype) for t in (dmixed_RHC, mixed_RHC)
             )
-            dq, dk, dv = flash_backward(dmixed, q, k, v, mixed, lse)
+            dq, dk, dv = attention_cpu.backward(dmixed, q, k, v, mixed, lse)
             back = as_factor(table, inverse=True)[:, None]
             dqkv = segment.rows(dqkv_R3HC)
             rotate_into(dq, back, dqkv[:, :, 0].transpose(1, 2))

@@ -1,29 +1,40 @@
-"""The CPU's flash kernels against plain attention, short and long."""
+"""Attention on a CPU against plain attention, short and long, in every precision."""
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastjepa.model.attention_cpu import LONG, attention_dtype, flash_backward, flash_forward
+from fastjepa.model import attention_products
+from fastjepa.model.attention_cpu import (
+    LONG,
+    LONG_IN_BFLOAT16,
+    attention_dtype,
+    backward,
+    forward,
+)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
+def normal(*shape: int, deviation: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64) * deviation
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("length", [1, 5, 300, LONG - 1, LONG, LONG + 130])
 def test_values_and_gradients_are_those_of_plain_attention(length: int, dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(1, 2, length, 8, dtype=torch.float64) for _ in range(3))
-    upstream = torch.randn(1, 2, length, 8, dtype=torch.float64)
+    q, k, v, upstream = (normal(1, 2, length, 8, seed=seed) for seed in range(4))
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     exact = plain(*leaves)
     exact_grads = torch.autograd.grad(exact, leaves, upstream)
 
     narrow = [t.to(dtype) for t in (q, k, v)]
-    out, lse = flash_forward(*narrow)
-    grads = flash_backward(upstream.to(dtype), *narrow, out, lse)
+    out, lse = forward(*narrow)
+    grads = backward(upstream.to(dtype), *narrow, out, lse)
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}[dtype]
     for ours, theirs in zip((out, *grads), (exact, *exact_grads), strict=True):
         assert ours.dtype == dtype
@@ -32,20 +43,64 @@ def test_values_and_gradients_are_those_of_plain_attention(length: int, dtype: t
 
 @pytest.mark.parametrize("length", [300, LONG + 130])
 def test_in_float32_it_is_as_exact_as_pytorchs_own(length: int) -> None:
-    q, k, v = (torch.randn(1, 2, length, 16) for _ in range(3))
-    upstream = torch.randn_like(q)
+    q, k, v, upstream = (normal(1, 2, length, 16, seed=seed).float() for seed in range(4))
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     exact = torch.autograd.grad(plain(*wide), wide, upstream.double())
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     sdpa = torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, upstream)
-    ours = flash_backward(upstream, q, k, v, *flash_forward(q, k, v))
+    ours = backward(upstream, q, k, v, *forward(q, k, v))
     for grad, grad_ref, grad_exact in zip(ours, sdpa, exact, strict=True):
         error, error_ref = ((g.double() - grad_exact).norm() for g in (grad, grad_ref))
         assert error <= 2 * error_ref + 1e-7 * grad_exact.norm()
 
 
+# Even and uneven cuts of the tokens, sums that leave a rest, and a last head alone.
+@pytest.mark.parametrize(("heads", "length"), [(2, 512), (3, 777), (1, 1030)])
+@pytest.mark.parametrize("deviation", [0.1, 1.0, 2.0])
+@pytest.mark.parametrize("channels", [16, 64])
+def test_in_bfloat16_it_is_as_exact_as_the_formula(
+    channels: int, deviation: float, heads: int, length: int
+) -> None:
+    shape = (2, heads, length, channels)
+    q, k = (normal(*shape, deviation=deviation**0.5, seed=seed) for seed in (0, 1))
+    v, upstream = (normal(*shape, seed=seed) for seed in (2, 3))
+    wide = [t.clone().requires_grad_() for t in (q, k, v)]
+    exact = plain(*wide)
+    exact_grads = torch.autograd.grad(exact, wide, upstream)
+
+    narrow = [t.bfloat16() for t in (q, k, v)]
+    same = [t.clone().requires_grad_() for t in narrow]
+    formula = plain(*same)
+    formula_grads = torch.autograd.grad(formula, same, upstream.bfloat16())
+    # Gradients come in the layout of the block: tokens before heads.
+    laid_out = upstream.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
+    assert attention_products.scores_are_small(*narrow[:2])
+    out, lse = attention_products.forward(*narrow)
+    grads = attention_products.backward(laid_out, *narrow, out, lse)
+    scores = narrow[0].double() @ narrow[1].double().mT * channels**-0.5
+    assert (lse - scores.logsumexp(-1)).abs().max() <= 2**-8 * scores.abs().max() + 1e-3
+    for ours, theirs, truth in zip(
+        (out, *grads), (formula, *formula_grads), (exact, *exact_grads), strict=True
+    ):
+        assert ours.dtype == torch.bfloat16
+        error, error_ref = ((t.double() - truth).norm() for t in (ours, theirs))
+        assert error <= 1.5 * error_ref + 2e-3 * truth.norm()
+
+
+def test_scores_too_large_for_an_exponential_take_the_flash_kernel() -> None:
+    q, k, v = (normal(1, 2, 600, 16, seed=seed).bfloat16() for seed in range(3))
+    q, k = q * 8, k * 8
+    assert not attention_products.scores_are_small(q, k)
+    out, lse = forward(q, k, v)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
+    assert lse.isfinite().all()
+    assert all(grad.isfinite().all() for grad in backward(torch.ones_like(out), q, k, v, out, lse))
+    q[0, 0, 0, 0] = torch.nan
+    assert not attention_products.scores_are_small(q, k)
+
+
 def test_bfloat16_runs_in_float32_where_that_is_faster() -> None:
     assert attention_dtype(torch.bfloat16, 10) == torch.float32
-    assert attention_dtype(torch.bfloat16, LONG) == torch.bfloat16
+    assert attention_dtype(torch.bfloat16, LONG_IN_BFLOAT16) == torch.bfloat16
     assert attention_dtype(torch.float32, LONG) == torch.float32
     assert attention_dtype(torch.float64, 10) == torch.float64
