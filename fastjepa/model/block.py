@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fastjepa.model.attention import attend
 from fastjepa.model.block_cpu import attention_half, mlp_half
-from fastjepa.model.segments import Segment
+from fastjepa.model.segments import Segment, SharedRow
 from fastjepa_kernels.rope3d.reference import rotate
 
 EPS = 1e-6
@@ -55,12 +55,22 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_width)
 
     def forward(
-        self, x_RD: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
+        self,
+        x_RD: Tensor,
+        tables_RC2: Sequence[Tensor],
+        segments: Sequence[Segment],
+        shared: SharedRow | None = None,
     ) -> Tensor:
-        """x_RD: [R, D]; tables: for each segment cos/sin [count or 1, length, C/2, 2]."""
+        """x_RD: [R, D]; tables: for each segment cos/sin [count or 1, length, C/2, 2].
+
+        With `shared`, x is [U, D] with the row that the sequences share only once; the output is
+        [R, D].
+        """
         if x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa"):
-            x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments)
+            x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
             return mlp_half(x_RD, self.norm2, self.mlp)
+        if shared:
+            x_RD = shared.spread(x_RD)
         x_RD = x_RD + self.attend(self.norm1(x_RD), tables_RC2, segments)
         hidden = F.gelu(self.mlp.fc1(self.norm2(x_RD)))
         out_RD: Tensor = x_RD + self.mlp.fc2(hidden)

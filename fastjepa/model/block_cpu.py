@@ -26,7 +26,7 @@ from fastjepa.model.products_cpu import (
     linear_add,
     linear_gelu,
 )
-from fastjepa.model.segments import Segment
+from fastjepa.model.segments import Segment, SharedRow
 from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
 if TYPE_CHECKING:
@@ -41,11 +41,16 @@ def attention_half(
     attn: "Attention",
     tables: Sequence[Tensor],
     segments: Sequence[Segment],
+    shared: SharedRow | None,
 ) -> Tensor:
-    """`x + proj(attention(rope(qkv(norm(x)))))`: [R, D] -> [R, D]."""
+    """`x + proj(attention(rope(qkv(norm(x)))))`: [R, D] -> [R, D].
+
+    With `shared`, x [U, D] holds the row that its sequences share once, and so it is normed and
+    multiplied once.
+    """
     out: Tensor = _AttentionHalf.apply(
         x_RD, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight,
-        attn.proj.bias, norm.eps, attn.heads, tuple(tables), tuple(segments),
+        attn.proj.bias, norm.eps, attn.heads, tuple(tables), tuple(segments), shared,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out
 
@@ -77,42 +82,61 @@ def _norm_backward(
     )
 
 
-def _heads_first(qkv_R3HC: Tensor, segment: Segment, table: Tensor) -> Tensor:
+def _heads_first(parts: Sequence[Tensor], table: Tensor) -> Tensor:
     """Rotated q, rotated k and v of one segment, each as attention reads it fastest: [3, B, H, K,
-    C]."""
-    qkv_BK3HC = segment.rows(qkv_R3HC)
-    count, length, _, heads, channels = qkv_BK3HC.shape
-    dtype = attention_cpu.attention_dtype(qkv_R3HC.dtype, length)
-    out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=qkv_R3HC.device)
+    C].
+
+    parts: consecutive tokens of its sequences, each [B, k, 3, H, C].
+    """
+    count, _, _, heads, channels = parts[0].shape
+    length, dtype = sum(part.shape[1] for part in parts), parts[0].dtype
+    dtype = attention_cpu.attention_dtype(dtype, length)
+    out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=parts[0].device)
     factor = as_factor(table)[:, None]
-    for i in range(2):
-        rotate_into(qkv_BK3HC[:, :, i].transpose(1, 2), factor, out[i])
-    out[2].copy_(qkv_BK3HC[:, :, 2].transpose(1, 2))
+    sizes = [part.shape[1] for part in parts]
+    for part, to, turn in zip(parts, out.split(sizes, 3), factor.split(sizes, 2), strict=True):
+        for i in range(2):
+            rotate_into(part[:, :, i].transpose(1, 2), turn, to[i])
+        to[2].copy_(part[:, :, 2].transpose(1, 2))
     return out
 
 
 class _AttentionHalf(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x_RD, norm_w, norm_b, qkv_w, qkv_b, proj_w, proj_b, eps, heads, tables, segments
+        ctx,
+        x_RD,
+        norm_w,
+        norm_b,
+        qkv_w,
+        qkv_b,
+        proj_w,
+        proj_b,
+        eps,
+        heads,
+        tables,
+        segments,
+        shared,
     ) -> Tensor:
         dtype = _product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
         qkv_R3HC = linear(n_RD, qkv_w.to(dtype), qkv_b.to(dtype)).unflatten(-1, (3, heads, -1))
         del n_RD
         outs, kept = [], []
-        for segment, table in zip(segments, tables, strict=True):
-            qkv = _heads_first(qkv_R3HC, segment, table)
+        for number, (segment, table) in enumerate(zip(segments, tables, strict=True)):
+            parts = shared.parts(qkv_R3HC, number) if shared else [segment.rows(qkv_R3HC)]
+            qkv = _heads_first(parts, table)
             out, lse = attention_cpu.forward(*qkv)
             outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]).to(dtype))
             kept += [qkv, lse]
-        del qkv_R3HC
+        del qkv_R3HC, parts
         mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
         ctx.save_for_backward(
             x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, mixed_RD, *tables, *kept
         )
-        ctx.segments, ctx.eps = segments, eps
-        return linear_add(mixed_RD, x_RD, proj_w.to(dtype), proj_b.to(dtype))
+        ctx.segments, ctx.shared, ctx.eps = segments, shared, eps
+        residual_RD = shared.spread(x_RD) if shared else x_RD
+        return linear_add(mixed_RD, residual_RD, proj_w.to(dtype), proj_b.to(dtype))
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
@@ -122,7 +146,7 @@ class _AttentionHalf(torch.autograd.Function):
         dy = dy_RD.to(dtype)
         dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, channels))
         mixed_RHC = mixed_RD.unflatten(-1, (heads, channels))
-        dqkv_R3HC = torch.empty((len(x_RD), 3, heads, channels), dtype=dtype)
+        dqkv_R3HC = torch.empty((len(dy), 3, heads, channels), dtype=dtype)
         for segment, table, qkv, lse in zip(
             ctx.segments, tables, kept[::2], kept[1::2], strict=True
         ):
@@ -140,6 +164,8 @@ class _AttentionHalf(torch.autograd.Function):
         dproj_b = dy_RD.sum(0, dtype=proj_w.dtype)
         del dmixed_RHC, dq, dk, dv
         dqkv = dqkv_R3HC.flatten(1)
+        if ctx.shared:
+            dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)
         n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
         dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
         dqkv_b = dqkv.sum(0, dtype=qkv_w.dtype)
@@ -147,7 +173,8 @@ class _AttentionHalf(torch.autograd.Function):
             grad_input(dqkv, qkv_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
         )
         dx_RD += dy_RD
-        return dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b, None, None, None, None
+        grads = dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b
+        return *grads, None, None, None, None, None
 
 
 class _MlpHalf(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fastjepa.model.block import EPS, Block
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
-from fastjepa.model.segments import Segment, segments_of
+from fastjepa.model.segments import SharedRow, segments_of
 
 
 class Predictor(nn.Module):
@@ -86,8 +86,15 @@ class Predictor(nn.Module):
         """
         context_RP = self.predictor_embed(torch.cat(tuple(levels_RD), dim=-1))
         modality = self.img_mod_embed if image else self.video_mod_embed
-        x_RP, segments = self._assemble(context_RP, context_groups_BK, predict_groups_BK)
-        x_RP = x_RP + modality[0]
+        # Every predicted token starts as the same row: the first block takes it once.
+        x_RP = torch.cat((context_RP, self.mask_tokens[0][0])) + modality[0]
+        segments = segments_of(
+            [
+                (context.shape[0], context.shape[1] + predict.shape[1])
+                for context, predict in zip(context_groups_BK, predict_groups_BK, strict=True)
+            ]
+        )
+        shared = SharedRow(segments, tuple(context.shape[1] for context in context_groups_BK))
         table = rotary_table(
             grid, self.head_dim, like=x_RP, patch=self.patch, interpolate=self.interpolate_rope
         )
@@ -95,11 +102,12 @@ class Predictor(nn.Module):
             table[torch.cat(pair, dim=1)]
             for pair in zip(context_groups_BK, predict_groups_BK, strict=True)
         ]
-        for block in self.predictor_blocks:
+        for number, block in enumerate(self.predictor_blocks):
+            inputs = x_RP, tables, segments, None if number else shared
             if self.checkpointing and torch.is_grad_enabled():
-                x_RP = checkpoint(block, x_RP, tables, segments, use_reentrant=False)
+                x_RP = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_RP = block(x_RP, tables, segments)
+                x_RP = block(*inputs)
         x_RP = self.predictor_norm(x_RP)
         parts = [
             segment.rows(x_RP).split([index.shape[1], segment.length - index.shape[1]], dim=1)
@@ -124,19 +132,3 @@ class Predictor(nn.Module):
             levels_RD, context_groups_BK, predict_groups_BK, grid, image=image
         )
         return self.predictor_proj(predicted), self.predictor_proj_context(context)
-
-    def _assemble(
-        self,
-        context_RP: Tensor,
-        context_groups_BK: Sequence[Tensor],
-        predict_groups_BK: Sequence[Tensor],
-    ) -> tuple[Tensor, tuple[Segment, ...]]:
-        """Each sequence as its context rows, then a mask token for each predicted one."""
-        mask = self.mask_tokens[0]
-        context_segments = segments_of([(i.shape[0], i.shape[1]) for i in context_groups_BK])
-        sequences = [
-            torch.cat((s.rows(context_RP), mask.expand(s.count, predict.shape[1], -1)), dim=1)
-            for s, predict in zip(context_segments, predict_groups_BK, strict=True)
-        ]
-        shapes = [(x.shape[0], x.shape[1]) for x in sequences]
-        return torch.cat([x.flatten(0, 1) for x in sequences]), segments_of(shapes)

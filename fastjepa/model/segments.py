@@ -4,12 +4,13 @@ All mask groups of a micro-batch run through the blocks as one matrix of rows; o
 needs to know where a sequence ends. A segment is `count` sequences of equal `length`, one after
 the other.
 
-Shapes: R rows, B batch, K kept tokens.
+Shapes: R rows, U rows that differ, B batch, K kept tokens.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -40,3 +41,40 @@ def segments_of(shapes: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
             start += count * length
 
     return tuple(place())
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """Sequences that end in copies of one row, which their packed matrix [U, ...] holds once, last.
+
+    `segments` are those of the whole sequences; of each sequence in segment i the first `own[i]`
+    rows are its own.
+    """
+
+    segments: tuple[Segment, ...]
+    own: tuple[int, ...]
+
+    def parts(self, x_U: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """The sequences of a segment, without a copy: own rows [count, own, ...], and the shared
+        row for the rest."""
+        starts = [0]
+        for segment, own in zip(self.segments, self.own, strict=True):
+            starts.append(starts[-1] + segment.count * own)
+        segment, own = self.segments[number], self.own[number]
+        mine = x_U[starts[number] : starts[number + 1]]
+        rest = (segment.count, segment.length - own, *x_U.shape[1:])
+        return mine.view(segment.count, own, *x_U.shape[1:]), x_U[-1].expand(rest)
+
+    def spread(self, x_U: Tensor) -> Tensor:
+        """Every row of every sequence: [R, ...]."""
+        sequences = [torch.cat(self.parts(x_U, i), dim=1) for i in range(len(self.segments))]
+        return torch.cat([sequence.flatten(0, 1) for sequence in sequences])
+
+    def collect(self, grad_R: Tensor) -> Tensor:
+        """The transpose of `spread`: copies of the shared row add up. [R, ...] -> [U, ...]."""
+        own, shared = [], grad_R.new_zeros(grad_R.shape[1:])
+        for segment, count in zip(self.segments, self.own, strict=True):
+            sequences = segment.rows(grad_R)
+            own.append(sequences[:, :count].flatten(0, 1))
+            shared += sequences[:, count:].sum((0, 1))
+        return torch.cat([*own, shared[None]])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastjepa.model.block import Block
-from fastjepa.model.segments import segments_of
+from fastjepa.model.segments import SharedRow, segments_of
 
 WIDTH, HEADS = 24, 2
 
@@ -74,6 +74,30 @@ def test_in_training_precision_it_is_at_most_twice_as_far_off_as_the_plain_path(
     for a, b, truth in zip(ours, plain, exact, strict=True):
         error, error_plain = ((t - truth).norm() for t in (a, b))
         assert error <= 2 * error_plain + unit * truth.norm()
+
+
+@pytest.mark.parametrize("sizes", [[(2, 9)], [(3, 5), (1, 11)]])
+@pytest.mark.parametrize("attention", ["auto", "math"])
+def test_a_row_that_sequences_share_need_only_be_given_once(
+    sizes: list[tuple[int, int]], attention: str
+) -> None:
+    block, (x, tables) = make_block(attention).double(), make_input(sizes)
+    tables = [table.double() for table in tables]
+    segments = segments_of(sizes)
+    shared = SharedRow(segments, own=tuple(2 + i for i in range(len(sizes))))
+    differing = sum(s.count * own for s, own in zip(segments, shared.own, strict=True)) + 1
+    x = x[:differing].double().requires_grad_()
+    once = block(x, tables, segments, shared)
+    each = block(shared.spread(x), tables, segments)
+    torch.testing.assert_close(once, each)
+    upstream = torch.randn_like(once)
+    leaves = [x, *block.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(once, leaves, upstream),
+        torch.autograd.grad(each, leaves, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
 
 
 def test_it_is_the_specifications_formula() -> None:
