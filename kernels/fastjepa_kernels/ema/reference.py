@@ -10,4 +10,4 @@ from torch import Tensor
 def ema_update(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
     """`target = m target + (1 - m) source`, in place (docs/method.md section 6)."""
     for target, source in zip(targets, sources, strict=True):
-        target.copy_(momentum * target + (1.0 - momentum) * source)
+        target.copy_(momentum * target + (1.0 - momentum) * source.to(target.dtype))
