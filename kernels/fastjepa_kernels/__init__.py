@@ -9,7 +9,7 @@ from .dense_l1.op import dense_l1, linear_dense_l1
 from .ema.op import ema_update
 from .mask_distance.op import mask_distance, mask_distance_jagged
 from .packing import packed_rows
-from .rope3d.op import rope3d
+from .rope3d.op import rope3d, rope3d_
 
 __all__ = [
     "dense_l1",
@@ -19,4 +19,5 @@ __all__ = [
     "mask_distance_jagged",
     "packed_rows",
     "rope3d",
+    "rope3d_",
 ]

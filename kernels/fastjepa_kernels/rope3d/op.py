@@ -1,13 +1,69 @@
-"""Rotary positions as one complex product: a channel pair is a complex number, its angle a unit
-factor.
+"""Rotary positions on the packed qkv, out of place and in place.
 
-One pass over q and k, where the textbook form takes a dozen. Half precision is rotated in float32.
+On a GPU one kernel reads and writes every element once (kernel.py). The twin here takes a channel
+pair as a complex number and its angle as a unit factor: one product over q and k, where the
+textbook form takes a dozen passes; half precision is turned in float32.
 
-Shapes: N tokens, H heads, C head channels, ... leading dims.
+Shapes: B clips (all leading dims), N tokens, M table rows, H heads, C head channels, ... leading
+dims.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..backend import Backend, use_triton
+from ..checks import INDEX_DTYPES, check_in_range, check_same_device
+from ..library import custom_op
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rope3d(
+    qkv_N3HC: Tensor,
+    table_MC2: Tensor,
+    index_N: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Rotate q and k of a packed qkv; v passes through. Differentiable; backward is the inverse
+    turn.
+
+    qkv_N3HC: [..., N, 3, H, C], C even, float16 to float64, any strides. table_MC2: cos and sin,
+    float32 (float64 for float64 qkv), either [..., N, C/2, 2], or, with `index_N` ([..., N] int32
+    or int64), a table [M, C/2, 2] whose row `index[n]` is token n's. Leading dims of the table or
+    the index broadcast. Channels of angle 0 stay. Returns a contiguous tensor like qkv. Raises
+    ValueError for shapes, dtypes, devices or indices that do not fit. (docs/method.md section 2.)
+    """
+    _check(qkv_N3HC, table_MC2, index_N)
+    out: Tensor = _rope3d(qkv_N3HC, table_MC2, index_N, False, backend)
+    return out
+
+
+def rope3d_(
+    qkv_N3HC: Tensor,
+    table_MC2: Tensor,
+    index_N: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`rope3d` in place: writes q and k only, v is neither read nor written. Returns qkv.
+
+    Differentiable; the backward does not write into the gradient that comes in, since autograd
+    may have handed it to others too. Raises ValueError as `rope3d` does, and for a qkv that is a
+    leaf that requires grad or whose elements share memory. (docs/method.md section 2.)
+    """
+    _check(qkv_N3HC, table_MC2, index_N)
+    if torch.is_grad_enabled() and qkv_N3HC.requires_grad and qkv_N3HC.is_leaf:
+        raise ValueError("qkv: a leaf that requires grad cannot be rotated in place")
+    pairs = zip(qkv_N3HC.shape, qkv_N3HC.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in pairs):
+        raise ValueError(
+            f"qkv: an expanded tensor (strides {qkv_N3HC.stride()}) cannot be rotated in place"
+        )
+    out: Tensor = _InPlace.apply(qkv_N3HC, table_MC2, index_N, backend)  # type: ignore[no-untyped-call]
+    return out
 
 
 def as_factor(table_C2: Tensor, *, inverse: bool = False) -> Tensor:
@@ -30,52 +86,140 @@ def rotate_into(x_C: Tensor, factor_C: Tensor, out_C: Tensor) -> None:
         out_C.copy_(torch.view_as_real(x * factor_C).flatten(-2))
 
 
-class _Rope3d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, qkv_N3HC: Tensor, table_NC2: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(table_NC2)
-        return _rotated(qkv_N3HC, as_factor(table_NC2))
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_N3HC: Tensor
-    ) -> tuple[Tensor, None]:
-        (table_NC2,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _rotated(grad_N3HC, as_factor(table_NC2, inverse=True)), None
-
-
-def _rotated(qkv_N3HC: Tensor, factor_NC: Tensor) -> Tensor:
-    out = torch.empty_like(qkv_N3HC, memory_format=torch.contiguous_format)
-    qk, v = qkv_N3HC[..., :2, :, :], qkv_N3HC[..., 2, :, :]
-    rotate_into(qk, factor_NC[..., None, None, :], out[..., :2, :, :])
-    out[..., 2, :, :].copy_(v)
-    return out
-
-
-def rope3d(qkv_N3HC: Tensor, table_NC2: Tensor) -> Tensor:
-    """Rotate q and k of a packed qkv; v passes through. Differentiable; backward is the inverse
-    turn.
-
-    qkv_N3HC: [..., N, 3, H, C], C even, last dim contiguous, any float dtype. table_NC2: [..., N,
-    C/2, 2] float32 (float64 for float64 qkv): cos and sin, leading dims broadcast. Raises
-    ValueError for shapes or dtypes that do not fit. (docs/method.md section 2.)
-    """
+def _check(qkv_N3HC: Tensor, table_MC2: Tensor, index_N: Tensor | None) -> None:
     if qkv_N3HC.ndim < 4 or qkv_N3HC.shape[-3] != 3:
         raise ValueError(f"qkv: expected shape [..., N, 3, H, C], got {tuple(qkv_N3HC.shape)}")
-    tokens, channels = qkv_N3HC.shape[-4], qkv_N3HC.shape[-1]
-    if channels % 2:
+    if qkv_N3HC.dtype not in DTYPES:
+        raise ValueError(f"qkv: expected float16, bfloat16, float32 or 64, got {qkv_N3HC.dtype}")
+    lead, tokens, channels = qkv_N3HC.shape[:-4], qkv_N3HC.shape[-4], qkv_N3HC.shape[-1]
+    if channels % 2 or channels == 0:
         raise ValueError(f"qkv: expected an even number of head channels, got {channels}")
-    if tuple(table_NC2.shape[-3:]) != (tokens, channels // 2, 2):
-        raise ValueError(
-            f"table: expected shape [..., {tokens}, {channels // 2}, 2], "
-            f"got {tuple(table_NC2.shape)}"
-        )
+    shape = tuple(table_MC2.shape)
+    if index_N is None:
+        fits = shape[-3:] == (tokens, channels // 2, 2) and _broadcasts(shape[:-3], lead)
+        expected = f"[..., {tokens}, {channels // 2}, 2]"
+    else:
+        fits = len(shape) == 3 and shape[1:] == (channels // 2, 2)
+        expected = f"[M, {channels // 2}, 2] with an index"
+    if not fits:
+        raise ValueError(f"table: expected shape {expected} for a qkv of {tuple(lead)} leading "
+                         f"dims, got {shape}")  # fmt: skip
     wanted = torch.float64 if qkv_N3HC.dtype == torch.float64 else torch.float32
-    if table_NC2.dtype != wanted:
+    if table_MC2.dtype != wanted:
         raise ValueError(
-            f"table: expected {wanted} for a {qkv_N3HC.dtype} qkv, got {table_NC2.dtype}"
+            f"table: expected {wanted} for a {qkv_N3HC.dtype} qkv, got {table_MC2.dtype}"
         )
-    out: Tensor = _Rope3d.apply(qkv_N3HC, table_NC2)  # type: ignore[no-untyped-call]
+    if index_N is not None and not (
+        index_N.dtype in INDEX_DTYPES
+        and index_N.ndim
+        and index_N.shape[-1] == tokens
+        and _broadcasts(index_N.shape[:-1], lead)
+    ):
+        raise ValueError(
+            f"index: expected int32 or int64 [..., {tokens}] for a qkv of {tuple(lead)} leading "
+            f"dims, got {index_N.dtype} {tuple(index_N.shape)}"
+        )
+    check_same_device(qkv=qkv_N3HC, table=table_MC2, index=index_N)
+
+
+def _broadcasts(shape: tuple[int, ...], lead: tuple[int, ...]) -> bool:
+    fits = all(a in (1, b) for a, b in zip(shape[::-1], lead[::-1], strict=False))
+    return len(shape) <= len(lead) and fits
+
+
+@custom_op("rope3d")
+def _rope3d(
+    qkv: Tensor, table: Tensor, index: Tensor | None, inverse: bool, backend: str
+) -> Tensor:
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if qkv.numel():
+        flat = qkv.shape[-4:]
+        x_BN3HC = _paired(qkv).reshape(-1, *flat)
+        _turn(x_BN3HC, qkv.shape[:-4], table, index, out.view(-1, *flat), inverse, backend)
     return out
+
+
+@_rope3d.register_fake
+def _(qkv: Tensor, table: Tensor, index: Tensor | None, inverse: bool, backend: str) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, table, index, ctx.inverse, ctx.backend = inputs
+    ctx.save_for_backward(table, index)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, index = ctx.saved_tensors
+    return _rope3d(grad, table, index, not ctx.inverse, ctx.backend), None, None, None, None
+
+
+_rope3d.register_autograd(_backward, setup_context=_setup)
+
+
+@custom_op("rope3d_in_place", mutates=("qkv",))
+def _rope3d_in_place(qkv: Tensor, table: Tensor, index: Tensor | None, backend: str) -> None:
+    if qkv.numel():
+        x_BN3HC = _paired(qkv).reshape(-1, *qkv.shape[-4:])
+        _turn(x_BN3HC, qkv.shape[:-4], table, index, x_BN3HC, False, backend)
+        if x_BN3HC.data_ptr() != qkv.data_ptr():
+            qkv.copy_(x_BN3HC.view(qkv.shape))
+
+
+@_rope3d_in_place.register_fake
+def _(qkv: Tensor, table: Tensor, index: Tensor | None, backend: str) -> None:
+    return None
+
+
+class _InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, table: Tensor, index: Tensor | None, backend: str) -> Tensor:
+        _rope3d_in_place(qkv, table, index, backend)
+        ctx.mark_dirty(qkv)
+        ctx.save_for_backward(table, index)
+        ctx.backend = backend
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, index = ctx.saved_tensors
+        return _rope3d(grad, table, index, True, ctx.backend), None, None, None
+
+
+def _turn(
+    x_BN3HC: Tensor,
+    lead: torch.Size,
+    table: Tensor,
+    index: Tensor | None,
+    out_BN3HC: Tensor,
+    inverse: bool,
+    backend: str,
+) -> None:
+    if index is not None:
+        check_in_range("index", index, len(table), "the table")
+    table = _paired(table)
+    if use_triton(backend, x_BN3HC):
+        from . import kernel
+
+        table_BMC = _over_clips(table.flatten(-2), lead, 2)
+        index_BN = None if index is None else _over_clips(index, lead, 1)
+        kernel.rope3d(x_BN3HC, table_BMC, index_BN, out_BN3HC, inverse)
+        return
+    factor = as_factor(table if index is None else table[index], inverse=inverse)
+    factor_BNC = _over_clips(factor, lead, 2)[:, :, None, None]
+    rotate_into(x_BN3HC[:, :, :2], factor_BNC, out_BN3HC[:, :, :2])
+    if out_BN3HC is not x_BN3HC:
+        out_BN3HC[:, :, 2].copy_(x_BN3HC[:, :, 2])
+
+
+def _over_clips(x: Tensor, lead: torch.Size, dims: int) -> Tensor:
+    """x broadcast over all leading dims and those as one; a view unless only some are broadcast."""
+    return x.expand(*lead, *x.shape[-dims:]).reshape(-1, *x.shape[-dims:])
+
+
+def _paired(x: Tensor) -> Tensor:
+    """x, or a copy if its pairs of neighbours cannot be viewed as complex numbers."""
+    even = x.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    if even and x.stride(-1) == 1:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,128 @@
+"""Rotary positions on the packed qkv: one program a token, its angles loaded once for all heads.
+
+A token's q and k (and v, when the output is another tensor) are `2 H` (or `3 H`) rows of C
+channels. A program walks over them BLOCK_R rows at a time: a tile's channels are loaded side by
+side, split in registers into pairs, turned in the table's dtype (float32; float64 for float64
+qkv) and joined again. Bytes a token: out of place `2 * 3 H C` elements, in place `2 * 2 H C`, and
+`4 C` of the table, which the L2 holds when tokens of several clips share its rows; with an index
+its 4 or 8 bytes. A tile has 1024 elements on 64 threads: two loads of 16 bytes a thread in half
+precision, and blocks small enough that many fit a multiprocessor and hide each other's latency.
+
+Every element is written by one thread, and nothing is summed across threads: two runs give the
+same bits.
+
+Shapes: B clips, N tokens, M table rows, H heads, C head channels.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ahead_of_time import Case
+
+TILE, NUM_WARPS = 1024, 2
+
+
+@triton.jit
+def _turn(
+    x_ptr, table_ptr, index_ptr, out_ptr,
+    num_tokens,
+    x_b, x_n, x_3, x_h, out_b, out_n, out_3, out_h, table_b, table_m, index_b, index_n,
+    HEADS: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, INDEXED: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    b, n = program // num_tokens, program % num_tokens
+    place = tl.load(index_ptr + b * index_b + n * index_n).to(tl.int64) if INDEXED else n
+    c_C = tl.arange(0, BLOCK_C)[None, :]
+    table_C = tl.load(table_ptr + b * table_b + place * table_m + c_C, mask=c_C < C, other=0.0)
+    cos_P, sin_P = tl.split(tl.reshape(table_C, (1, BLOCK_C // 2, 2)))
+    if INVERSE:
+        sin_P = -sin_P
+    for first in range(0, ROWS, BLOCK_R):
+        row_R = first + tl.arange(0, BLOCK_R)[:, None]
+        in_RC = (row_R < ROWS) & (c_C < C)
+        part_R, head_R = (row_R // HEADS).to(tl.int64), (row_R % HEADS).to(tl.int64)
+        x_RC = tl.load(
+            x_ptr + b * x_b + n * x_n + part_R * x_3 + head_R * x_h + c_C, mask=in_RC, other=0.0
+        )
+        even_RP, odd_RP = tl.split(tl.reshape(x_RC.to(cos_P.dtype), (BLOCK_R, BLOCK_C // 2, 2)))
+        turned_RC = tl.reshape(
+            tl.join(even_RP * cos_P - odd_RP * sin_P, odd_RP * cos_P + even_RP * sin_P),
+            (BLOCK_R, BLOCK_C),
+        )
+        y_RC = tl.where(row_R < 2 * HEADS, turned_RC.to(x_RC.dtype), x_RC)
+        tl.store(
+            out_ptr + b * out_b + n * out_n + part_R * out_3 + head_R * out_h + c_C,
+            y_RC, mask=in_RC,
+        )  # fmt: skip
+
+
+def rope3d(
+    x_BN3HC: Tensor,
+    table_BMC: Tensor,
+    index_BN: Tensor | None,
+    out_BN3HC: Tensor,
+    inverse: bool,
+) -> None:
+    """Write x turned to `out`; v is left alone if `out` is x itself. Channels lie side by side."""
+    clips, tokens, _, heads, channels = x_BN3HC.shape
+    block_c = triton.next_power_of_2(channels)
+    _turn[(clips * tokens,)](
+        x_BN3HC, table_BMC, index_BN, out_BN3HC,
+        tokens,
+        *x_BN3HC.stride()[:4], *out_BN3HC.stride()[:4], *table_BMC.stride()[:2],
+        *((0, 0) if index_BN is None else index_BN.stride()),
+        HEADS=heads, C=channels, ROWS=(2 if out_BN3HC is x_BN3HC else 3) * heads,
+        INDEXED=index_BN is not None, INVERSE=inverse,
+        BLOCK_R=_rows_of_a_tile(heads, block_c), BLOCK_C=block_c, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _rows_of_a_tile(heads: int, block_c: int) -> int:
+    return int(min(max(TILE // block_c, 1), triton.next_power_of_2(3 * heads)))
+
+
+def _case(
+    name: str, heads: int, channels: int, dtype: str, index: str | None, rows: int, inverse: bool
+) -> Case:
+    block_c = triton.next_power_of_2(channels)
+    strides = ("x_b", "x_n", "x_3", "x_h", "out_b", "out_n", "out_3", "out_h", "table_b", "table_m")
+    signature: dict[str, Any] = {
+        "x_ptr": f"*{dtype}", "table_ptr": "*fp64" if dtype == "fp64" else "*fp32",
+        "out_ptr": f"*{dtype}", "num_tokens": "i32", "index_b": "i32", "index_n": "i32",
+        **dict.fromkeys(strides, "i32"),
+    }  # fmt: skip
+    constants: dict[str, Any] = {
+        "HEADS": heads, "C": channels, "ROWS": rows * heads, "INDEXED": index is not None,
+        "INVERSE": inverse, "BLOCK_R": _rows_of_a_tile(heads, block_c), "BLOCK_C": block_c,
+    }  # fmt: skip
+    if index is None:
+        constants["index_ptr"] = None
+    else:
+        signature["index_ptr"] = f"*{index}"
+    return Case(
+        f"{name} {heads}x{channels} {dtype} {index or 'in order'}",
+        _turn,
+        signature,
+        constants,
+        num_warps=NUM_WARPS,
+        divisible_by_16=("x_ptr", "table_ptr", "out_ptr", *strides),
+    )
+
+
+# ViT-L, ViT-g, ViT-G, the predictor, and a head width that is no power of two.
+HEADS = ((16, 64), (22, 64), (26, 64), (12, 32), (16, 48))
+KINDS = (("forward", 3, False), ("in place", 2, False), ("backward", 3, True))
+
+AHEAD_OF_TIME = [
+    _case(name, heads, channels, dtype, index, rows, inverse)
+    for name, rows, inverse in KINDS
+    for heads, channels, dtype, index in (
+        *((*heads, "bf16", None) for heads in HEADS),
+        *((16, 64, dtype, "i64") for dtype in ("fp32", "fp16", "fp64")),
+        (16, 64, "bf16", "i32"),
+    )
+]
