@@ -1,7 +1,7 @@
 """Attention in bfloat16 on a CPU as plain matrix products with one pass between them.
 
 Flash attention on a CPU multiplies bfloat16 no faster than float32 (without AMX); oneDNN's batched
-products do. So the scores of a thousand queries of two heads are written out, made exponentials in
+products do. So the scores of some queries of two heads are written out, made exponentials in
 place, and multiplied again. No maximum is subtracted: the softmax does not need it while scores are
 small, and what the softmax divides by is folded into its neighbours. Scores are rounded to bfloat16
 on their way, as by the formula in bfloat16, whose error this keeps; flash attention's is smaller
@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-HEADS_AT_ONCE, TOKENS_AT_ONCE, SUMS_APART = 2, 1024, 16
+# Scores of a head at once: with two heads and the backward's two buffers 8 MiB.
+HEADS_AT_ONCE, SCORES_AT_ONCE, SUMS_APART = 2, 2**20, 16
 # exp(60) times any number of tokens is far from the largest float, exp(-60) from the smallest.
 LARGEST_SCORE = 60.0
 
@@ -28,7 +29,8 @@ def scores_are_small(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:
 
 
 def _at_once(length: int) -> int:
-    return math.ceil(length / math.ceil(length / TOKENS_AT_ONCE))
+    most = max(1, SCORES_AT_ONCE // length)
+    return math.ceil(length / math.ceil(length / most))
 
 
 def _parts(x_BHKC: Tensor) -> Iterator[tuple[int, slice, list[slice]]]:
@@ -44,7 +46,7 @@ def _parts(x_BHKC: Tensor) -> Iterator[tuple[int, slice, list[slice]]]:
 def _exponentials(some_hkC: Tensor, all_hKC: Tensor, out_hkK: Tensor) -> Tensor:
     """Of the scores of some tokens' queries with all keys, or of some keys with all queries."""
     scale = some_hkC.shape[-1] ** -0.5
-    torch.baddbmm(out_hkK, some_hkC, all_hKC.transpose(1, 2), beta=0.0, alpha=scale, out=out_hkK)
+    torch.baddbmm(out_hkK, some_hkC, all_hKC.mT, beta=0.0, alpha=scale, out=out_hkK)
     return out_hkK.exp_()
 
 
@@ -100,7 +102,7 @@ def backward(
     scale, dtype = q_BHKC.shape[-1] ** -0.5, q_BHKC.dtype
     share_BHK1 = lse_BHK.neg().exp_()[..., None]
     wide_BHKC = grad_BHKC.float() * share_BHK1
-    shift_BHK1 = -(wide_BHKC * out_BHKC).sum(-1, keepdim=True)
+    shift_BHK1 = -(wide_BHKC * out_BHKC.float()).sum(-1, keepdim=True)
     high_BHK1 = shift_BHK1.to(dtype)
     low_BHK1 = (shift_BHK1 - high_BHK1).to(dtype)
     shared_BHKC = wide_BHKC.to(dtype, memory_format=torch.contiguous_format)
@@ -112,16 +114,16 @@ def backward(
     room_hkK, other_hkK = _room(q_BHKC), _room(q_BHKC)
     for b, heads, cuts in _parts(q_BHKC):
         q_hKC, shared_hKC, grads_hKE = (t[b, heads] for t in (q_BHKC, shared_BHKC, grads_BHKE))
-        dq_hKC = torch.zeros(q_hKC.shape)
+        dq_hCK = torch.zeros(q_hKC.mT.shape)
         for cut in cuts:
             k_hkC = k_BHKC[b, heads, cut]
             place = slice(len(k_hkC)), slice(k_hkC.shape[1])
             e_hkK = _exponentials(k_hkC, q_hKC, room_hkK[place])
             dv_BHKC[b, heads, cut] = e_hkK @ shared_hKC
-            ds_hkK = torch.bmm(
-                v_BHKE[b, heads, cut], grads_hKE.transpose(1, 2), out=other_hkK[place]
-            ).mul_(e_hkK)
+            ds_hkK = torch.bmm(v_BHKE[b, heads, cut], grads_hKE.mT, out=other_hkK[place]).mul_(
+                e_hkK
+            )
             torch.mul(ds_hkK @ q_hKC, scale, out=dk_BHKC[b, heads, cut])
-            dq_hKC += ds_hkK.transpose(1, 2) @ k_hkC
-        torch.mul(dq_hKC, scale, out=dq_BHKC[b, heads])
+            dq_hCK += k_hkC.mT @ ds_hkK
+        torch.mul(dq_hCK.mT, scale, out=dq_BHKC[b, heads])
     return dq_BHKC, dk_BHKC, dv_BHKC

@@ -168,7 +168,7 @@ class _AttentionHalf(torch.autograd.Function):
             dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)
         n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
         dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
-        dqkv_b = dqkv.sum(0, dtype=qkv_w.dtype)
+        dqkv_b = dqkv.sum(0).to(qkv_w.dtype)
         dx_RD, dnorm_w, dnorm_b = _norm_backward(
             grad_input(dqkv, qkv_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
         )
@@ -204,7 +204,7 @@ class _MlpHalf(torch.autograd.Function):
         del h_RF
         n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
         dfc1_w = grad_weight(dh_RF, n_RD).to(fc1_w.dtype)
-        dfc1_b = dh_RF.sum(0, dtype=fc1_w.dtype)
+        dfc1_b = dh_RF.sum(0).to(fc1_w.dtype)
         dx_RD, dnorm_w, dnorm_b = _norm_backward(
             grad_input(dh_RF, fc1_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
         )
