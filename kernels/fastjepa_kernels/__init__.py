@@ -5,7 +5,8 @@ read: the truth in tests. `op.py` is what users call: checks, then the fastest w
 same numbers.
 """
 
-from .dense_l1.op import dense_l1, linear_dense_l1
+from .dense_l1.linear import linear_dense_l1
+from .dense_l1.op import dense_l1
 from .ema.op import ema_update
 from .mask_distance.op import mask_distance, mask_distance_jagged
 from .packing import packed_rows

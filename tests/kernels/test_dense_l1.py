@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import fastjepa_kernels as op
 from fastjepa_kernels import dense_l1, linear_dense_l1, packed_rows
-from fastjepa_kernels.dense_l1 import op, reference
+from fastjepa_kernels.dense_l1 import linear, reference
 
 
 @dataclass
@@ -153,7 +154,7 @@ def test_the_formula_and_the_ops_have_the_gradient_of_their_values(
 def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(batch=3, kept=(7, 4), tokens=9)
     whole = case.run(op, torch.float64, fused=True)
-    monkeypatch.setattr(op, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(linear, "CHUNK_ROWS", 5)
     cut = case.run(op, torch.float64, fused=True)
     torch.testing.assert_close(cut, whole)
 
@@ -219,14 +220,14 @@ def test_without_a_gradient_nothing_is_kept() -> None:
         ({"targets_MD": [torch.zeros(4, 3), torch.zeros(4, 2)]}, "targets: expected equal shapes"),
         ({"z_RE": torch.zeros(3, 5)}, "2 levels x 3 = 6 channels, got 5"),
         ({"z_RE": torch.zeros(18)}, r"prediction: expected \[R, E\]"),
-        ({"row_R": torch.tensor([0, 1, 4])}, r"row: values 0\.\.4 leave the targets' 4 rows"),
-        ({"row_R": torch.tensor([0, -1, 3])}, r"row: values -1\.\.3"),
+        ({"row_R": torch.tensor([0, 1, 4])}, r"row: indices 0\.\.4 leave targets of 4"),
+        ({"row_R": torch.tensor([0, -1, 3])}, r"row: indices -1\.\.3"),
         ({"row_R": torch.zeros(3)}, "row: expected int32 or int64"),
         ({"row_R": torch.tensor([0, 1])}, r"row: expected int32 or int64 \[3\]"),
-        ({"group_sizes": [2]}, "group_sizes: expected positive sizes that add up to 3"),
-        ({"group_sizes": [3, 0]}, "group_sizes: expected positive sizes"),
+        ({"group_sizes": [2]}, "group_sizes: expected sizes of 0 or more that add up to 3"),
+        ({"group_sizes": [4, -1]}, "group_sizes: expected sizes of 0 or more"),
         ({"group_sizes": []}, "group_sizes"),
-        ({"token_weight_R": torch.ones(2)}, r"token_weight: expected \[3\]"),
+        ({"token_weight_R": torch.ones(2)}, r"token_weight: expected .* \[3\]"),
         ({"level_weights": [1.0]}, "level_weights: expected 2 values, got 1"),
         ({"exponent": 0.0}, "exponent: expected a positive number"),
     ],

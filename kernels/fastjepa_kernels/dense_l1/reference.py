@@ -19,28 +19,41 @@ def dense_l1(
     *,
     token_weight_R: Tensor | None = None,
     level_weights: Sequence[float] | None = None,
+    group_weights: Sequence[float] | Tensor | None = None,
     exponent: float = 1.0,
+    smooth: float = 0.0,
+    normalize_target: bool = True,
     normalize_prediction: bool = False,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`mean_g mean_{r in g, c} w_r |z - y|^p / p` with y the rows of the targets, normalised per
-    level.
+    """`sum_g v_g mean_{r in g, c} w_r |z - y|^p / p` with y the rows of the targets, normalised
+    per level.
 
     Returns the total and the terms [G, L], each the mean over its group's rows and its level's
-    channels; the total weighs them by `level_weights` (1/L each if None) and averages the groups
-    (docs/method.md section 5).
+    channels, 0 for an empty group; the total weighs them by `level_weights` and `group_weights`
+    (1/L and 1/G each if None; docs/method.md section 5). With `smooth` the loss is smooth L1.
     """
     levels, width = len(targets_MD), targets_MD[0].shape[-1]
     z_RLD = z_RE.unflatten(-1, (levels, width))
-    y_RLD = torch.stack([F.layer_norm(t[row_R], (width,), eps=eps) for t in targets_MD], dim=1)
+    y_RLD = torch.stack([t[row_R] for t in targets_MD], dim=1)
+    if normalize_target:
+        y_RLD = F.layer_norm(y_RLD, (width,), eps=eps)
     if normalize_prediction:
         z_RLD = F.layer_norm(z_RLD, (width,), eps=eps)
-    loss_RL = ((z_RLD - y_RLD).abs() ** exponent / exponent).mean(-1)
+    if smooth:
+        loss_RL = F.smooth_l1_loss(
+            z_RLD.to(y_RLD.dtype), y_RLD, reduction="none", beta=smooth
+        ).mean(-1)
+    else:
+        loss_RL = ((z_RLD - y_RLD).abs() ** exponent / exponent).mean(-1)
     if token_weight_R is not None:
         loss_RL = loss_RL * token_weight_R[:, None]
-    terms_GL = torch.stack([part.mean(0) for part in loss_RL.split(list(group_sizes))])
-    beta_L = z_RE.new_tensor(level_weights or [1.0 / levels] * levels)
-    return (terms_GL * beta_L).sum(-1).mean(), terms_GL.detach()
+    terms_GL = torch.stack([t.sum(0) / max(len(t), 1) for t in loss_RL.split(list(group_sizes))])
+    beta_L = terms_GL.new_tensor(level_weights or [1.0 / levels] * levels)
+    if group_weights is None:
+        group_weights = [1.0 / len(group_sizes)] * len(group_sizes)
+    weight_G = torch.as_tensor(group_weights, dtype=terms_GL.dtype, device=terms_GL.device)
+    return weight_G @ terms_GL @ beta_L, terms_GL.detach()
 
 
 def linear_dense_l1(
