@@ -169,6 +169,7 @@ def test_a_veto_leaves_every_bit(backend: str, dtype: torch.dtype, device: torch
     assert same_bits(copies, before[1])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("place", [0, 4098, -1])

@@ -92,7 +92,7 @@ def _check_tensors(
             )
     copies = copies or ()
     for i, (copy, target) in enumerate(zip(copies, targets, strict=False)):
-        alike = copy.shape == target.shape and _layout(copy) == _layout(target)
+        alike = copy.shape == target.shape and _same_layout(copy, target)
         if copy.dtype not in HALF or copy.device != device or not alike:
             raise ValueError(
                 f"copies[{i}]: expected bfloat16 or float16 {tuple(target.shape)} with strides "
@@ -104,12 +104,18 @@ def _check_tensors(
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a stretch of memory, in any order of the axes."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(_layout(tensor)):
         if stride != expected:
             return False
         expected *= size
     return True
+
+
+def _same_layout(one: Tensor, other: Tensor) -> bool:
+    return one.stride() == other.stride() or _layout(one) == _layout(other)
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
@@ -172,7 +178,7 @@ def _(
 
 
 def _laid_out_like(target: Tensor, source: Tensor) -> Tensor:
-    if _layout(source) == _layout(target):
+    if _same_layout(source, target):
         return source
     return torch.empty_like(target, dtype=source.dtype).copy_(source)
 
@@ -183,13 +189,14 @@ def _mix_on_host(
     if stop:
         return
     share = 1.0 - momentum
-    for target, source in zip(targets, sources, strict=True):
-        if 0.0 < share < 0.5:
-            target.lerp_(source.to(target.dtype), share)
-        elif share >= 0.5:
-            torch.lerp(source.to(target.dtype), target, momentum, out=target)
-    for copy, target in zip(copies, targets, strict=False):
-        copy.copy_(target)
+    widened = [s.to(t.dtype) for t, s in zip(targets, sources, strict=True)]
+    if 0.0 < share < 0.5:
+        torch._foreach_lerp_(targets, widened, share)
+    elif share >= 0.5:
+        for target, source in zip(targets, widened, strict=True):
+            torch.lerp(source, target, momentum, out=target)
+    if copies:
+        torch._foreach_copy_(copies, targets)
 
 
 def _mix_on_device(
