@@ -11,10 +11,14 @@ from .ema.op import ema_update
 from .mask_distance.op import mask_distance, mask_distance_jagged
 from .packing import packed_rows
 from .rope3d.op import rope3d, rope3d_
+from .tokens.op import Assembled, assemble_tokens, gather_tokens
 
 __all__ = [
+    "Assembled",
+    "assemble_tokens",
     "dense_l1",
     "ema_update",
+    "gather_tokens",
     "linear_dense_l1",
     "mask_distance",
     "mask_distance_jagged",

@@ -51,7 +51,8 @@ def rope3d_(
     """`rope3d` in place: writes q and k only, v is neither read nor written. Returns qkv.
 
     Differentiable; the backward does not write into the gradient that comes in, since autograd
-    may have handed it to others too. Raises ValueError as `rope3d` does, and for a qkv that is a
+    may have handed it to others too. If qkv is a view (an `unflatten` of a product, say), autograd
+    copies the gradient of what it is a view of: with a backward, `rope3d` moves less then. Raises ValueError as `rope3d` does, and for a qkv that is a
     leaf that requires grad or whose elements share memory. (docs/method.md section 2.)
     """
     _check(qkv_N3HC, table_MC2, index_N)
