@@ -55,7 +55,6 @@ def products(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, fl
             "input's gradient, MKL": lambda: dy @ w,
             "input's gradient, oneDNN": lambda: linear(dy, w.t(), None, "none", [], ""),
             "weight's gradient, MKL": lambda: dy.t() @ x,
-            "weight's gradient, MKL, transposed": lambda: (x.t() @ dy).t().contiguous(),
             "weight's gradient, oneDNN": lambda: linear(dy.t(), x.t(), None, "none", [], ""),
         },
         repeats,

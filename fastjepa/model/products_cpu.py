@@ -2,9 +2,9 @@
 
 Measured with two threads of an EPYC (benchmarks/cpu_choices.py): oneDNN with the bias, or the
 residual, in its epilogue wins where the weight's rows are the short side, and for the input's
-gradient; with many rows it is worth a transposed copy of the weight; MKL wins for the weight's
-gradient, best as a tall matrix. Where oneDNN is not built in, and in float64, everything is the
-plain product.
+gradient; with many rows it is worth a transposed copy of the weight. The weight's gradient in
+float32 goes to oneDNN where the weight's rows are the short side. All else is the plain product,
+and so is everything in float64 and where oneDNN is not built in.
 
 Shapes: R rows, I input width, O output width.
 """
@@ -65,6 +65,8 @@ def grad_input(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
 
 def grad_weight(dy_RO: Tensor, x_RI: Tensor) -> Tensor:
     """Gradient of `linear` with respect to W: `dy^T x`, [O, I]."""
-    if dy_RO.shape[1] < x_RI.shape[1]:
-        return (x_RI.t() @ dy_RO).t().contiguous()
+    narrow = dy_RO.shape[1] < x_RI.shape[1]
+    if narrow and x_RI.dtype == torch.float32 and _by_onednn(x_RI):
+        out: Tensor = _onednn._linear_pointwise(dy_RO.t(), x_RI.t(), None, "none", [], "")
+        return out
     return dy_RO.t() @ x_RI
