@@ -52,8 +52,9 @@ def rope3d_(
 
     Differentiable; the backward does not write into the gradient that comes in, since autograd
     may have handed it to others too. If qkv is a view (an `unflatten` of a product, say), autograd
-    copies the gradient of what it is a view of: with a backward, `rope3d` moves less then. Raises ValueError as `rope3d` does, and for a qkv that is a
-    leaf that requires grad or whose elements share memory. (docs/method.md section 2.)
+    copies the gradient of what it is a view of: with a backward, `rope3d` moves less then. Raises
+    ValueError as `rope3d` does, and for a qkv that is a leaf that requires grad or that is
+    expanded. (docs/method.md section 2.)
     """
     _check(qkv_N3HC, table_MC2, index_N)
     if torch.is_grad_enabled() and qkv_N3HC.requires_grad and qkv_N3HC.is_leaf:
