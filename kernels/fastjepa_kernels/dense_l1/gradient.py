@@ -27,10 +27,9 @@ def scaled(stored: Tensor, upstream: Tensor | None, factor: float, backend: str)
 
 @custom_op("scaled_gradient")
 def _scaled_gradient(stored: Tensor, upstream: Tensor, factor: float, backend: str) -> Tensor:
-    result = torch.empty_like(stored)
-    result.copy_(stored)
-    _scale(result, upstream, factor, backend)
-    return result
+    copy = torch.empty_like(stored)
+    _scale(stored, copy, upstream, factor, backend)
+    return copy
 
 
 @_scaled_gradient.register_fake
@@ -40,14 +39,18 @@ def _(stored: Tensor, upstream: Tensor, factor: float, backend: str) -> Tensor:
 
 @custom_op("scale_gradient_", mutates=["stored"])
 def _scale_gradient_(stored: Tensor, upstream: Tensor, factor: float, backend: str) -> None:
-    _scale(stored, upstream, factor, backend)
+    _scale(stored, stored, upstream, factor, backend)
 
 
-def _scale(stored: Tensor, upstream: Tensor, factor: float, backend: str) -> None:
-    if stored.device.type == "cpu" and not use_triton(backend, stored):
+def _scale(stored: Tensor, out: Tensor, upstream: Tensor, factor: float, backend: str) -> None:
+    if stored.dtype != torch.float64 and use_triton(backend, stored):
+        from . import kernel
+
+        kernel.scale(stored, out, upstream, factor)
+    elif stored.device.type == "cpu":
         number = upstream.item() * factor
-        if number != 1.0:
-            stored *= number
-        return
-    # One axis, so that a low-precision gradient is multiplied by all digits of the scalar.
-    torch.mul(stored, (upstream * factor).view(1, 1), out=stored)
+        if number != 1.0 or out is not stored:
+            torch.mul(stored, number, out=out)
+    else:
+        # With axes of its own the scalar keeps its digits beside a gradient of fewer.
+        torch.mul(stored, (upstream * factor).view((1,) * stored.ndim), out=out)

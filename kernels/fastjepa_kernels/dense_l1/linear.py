@@ -21,7 +21,7 @@ from ..library import custom_op
 from . import twin
 from .comparison import Comparison, GroupWeights, checked, gradient_scale
 from .gradient import scaled
-from .op import losses_like
+from .op import implementation, losses_like, new_sums
 
 # Rows at once on a CPU: enough for the products to run well.
 CHUNK_ROWS = 512
@@ -99,14 +99,15 @@ def _linear_dense_l1(
         gradients = _empty_gradients(x_RP, weight_EP, grad)
         dx_RP, dweight_EP, dbias_E = gradients
         dweight_EP.zero_(), dbias_E.zero_()
-        sums_RL = dbias_E.new_empty((rows, len(targets_MD)))
+        either = implementation(backend, x_RP, comparison)
+        sums_RL = new_sums(x_RP, len(targets_MD))
         scale = gradient_scale(x_RP.dtype, rows, channels)
         step = chunk_rows(rows, channels * x_RP.element_size(), x_RP.device)
         whole_rE = x_RP.new_empty((min(step, rows), channels))
         for low in range(0, rows, step):
             x_rP = x_RP[low : low + step]
             z_rE = torch.addmm(bias, x_rP, weight.t(), out=whole_rE[: len(x_rP)])
-            twin.compare(comparison, z_rE, low, sums_RL, z_rE if grad else None, scale)
+            either.compare(comparison, z_rE, low, sums_RL, z_rE if grad else None, scale)
             if not grad:
                 continue
             dbias_E += z_rE.sum(0, dtype=dbias_E.dtype)
@@ -115,7 +116,7 @@ def _linear_dense_l1(
                 dweight_EP.addmm_(z_rE.t(), x_rP)
             else:
                 dweight_EP += z_rE.t() @ x_rP
-        total, terms_GL = twin.finish(comparison, sums_RL)
+        total, terms_GL = either.finish(comparison, sums_RL)
     return total, terms_GL, *gradients
 
 

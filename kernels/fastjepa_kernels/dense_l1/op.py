@@ -8,16 +8,20 @@ Shapes: R rows, E = L D channels, L levels, D width, G mask groups, M target row
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend
+from ..backend import Backend, use_triton
 from ..library import custom_op
 from . import twin
 from .comparison import Comparison, GroupWeights, checked, gradient_scale
 from .gradient import scaled
+
+# What the kernel holds in registers and unrolls; the twin takes any number.
+MOST_WIDTH, MOST_GROUPS, MOST_LEVELS = 16384, 64, 16
 
 
 def dense_l1(
@@ -161,12 +165,42 @@ def losses_like(prediction: Tensor, comparison: Comparison) -> tuple[Tensor, Ten
     return prediction.new_empty((), dtype=dtype), prediction.new_empty(shape_GL, dtype=dtype)
 
 
+def implementation(backend: str, prediction: Tensor, comparison: Comparison) -> ModuleType:
+    """kernel.py or twin.py: both have `compare` and `finish`.
+
+    Raises ValueError where the kernel was asked for and does not take these inputs.
+    """
+    if not use_triton(backend, prediction):
+        return twin
+    for what, found, most in (
+        ("bytes a number", prediction.element_size(), 4),
+        ("channels a level", comparison.width, MOST_WIDTH),
+        ("groups", len(comparison.group_sizes), MOST_GROUPS),
+        ("levels", len(comparison.targets_MD), MOST_LEVELS),
+    ):
+        if found <= most:
+            continue
+        if backend == "triton":
+            raise ValueError(f"backend: triton takes at most {most} {what}, got {found}")
+        return twin
+    from . import kernel
+
+    return kernel
+
+
+def new_sums(prediction: Tensor, levels: int) -> Tensor:
+    """Room for the loss of each row and level, [R, L], a level's rows side by side."""
+    dtype = twin.wide(prediction.dtype)
+    return prediction.new_empty((levels, len(prediction)), dtype=dtype).t()
+
+
 def _loss(
     comparison: Comparison, z_RE: Tensor, dz_RE: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     comparison.check_values()
-    rows, levels = len(z_RE), len(comparison.targets_MD)
-    sums_RL = z_RE.new_empty((rows, levels), dtype=twin.wide(z_RE.dtype))
+    either = implementation(backend, z_RE, comparison)
+    sums_RL = new_sums(z_RE, len(comparison.targets_MD))
     scale = gradient_scale(z_RE.dtype, *z_RE.shape)
-    twin.compare(comparison, z_RE, 0, sums_RL, dz_RE, scale)
-    return twin.finish(comparison, sums_RL)
+    either.compare(comparison, z_RE, 0, sums_RL, dz_RE, scale)
+    total, terms_GL = either.finish(comparison, sums_RL)
+    return total, terms_GL
