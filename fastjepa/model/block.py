@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastjepa.model.attention import attend
 from fastjepa.model.block_cpu import attention_half, mlp_half
 from fastjepa.model.segments import Segment, SharedRow
-from fastjepa_kernels.rope3d.reference import rotate
+from fastjepa_kernels import rope3d
 
 EPS = 1e-6
 
@@ -80,12 +80,11 @@ class Block(nn.Module):
         self, x_RD: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
     ) -> Tensor:
         qkv_R3HC = self.attn.qkv(x_RD).unflatten(-1, (3, self.attn.heads, -1))
-        qk_R2HC, v_RHC = qkv_R3HC[:, :2], qkv_R3HC[:, 2:]
         turned = [
-            rotate(segment.rows(qk_R2HC), table[:, :, None, None]).flatten(0, 1)
+            rope3d(segment.rows(qkv_R3HC), table).flatten(0, 1)
             for segment, table in zip(segments, tables_RC2, strict=True)
         ]
-        qkv_R3HC = torch.cat((torch.cat(turned), v_RHC), dim=1)
+        qkv_R3HC = turned[0] if len(turned) == 1 else torch.cat(turned)
         mixed_RD = attend(qkv_R3HC, segments, backend=self.backend).flatten(1)
         out_RD: Tensor = self.attn.proj(mixed_RD)
         return out_RD
