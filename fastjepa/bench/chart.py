@@ -54,7 +54,7 @@ def draw(results: Results, picture: Path) -> None:
 
 def _ratio_panel(axes: "Axes", ratios: list[dict[str, float | None]], title: str) -> None:
     """Bars from 1 on a log scale; to the left, ours needs less."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ways = list(dict.fromkeys(way for row in ratios for way in row))
     height = 0.8 / len(ways)
@@ -65,10 +65,13 @@ def _ratio_panel(axes: "Axes", ratios: list[dict[str, float | None]], title: str
             if ratio is not None
         }
         axes.barh(
-            [place - 0.4 + height * (number + 0.5) for place in points], 
-            [ratio - 1.0 for ratio in points.values()], left=1.0, height=0.9 * height, color=_COLOURS.get(way, _OTHER), label=way,
+            [place - 0.4 + height * (number + 0.5) for place in points],
+            [ratio - 1.0 for ratio in points.values()], left=1.0,
+            height=0.9 * height, color=_COLOURS.get(way, _OTHER), label=way,
         )  # fmt: skip
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1e2 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1.0, color="#333333", linewidth=0.8)

@@ -22,6 +22,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastjepa.model": {"fastjepa_kernels", "fastjepa.presets"},
     "fastjepa.objective": {"fastjepa_kernels"},
     "fastjepa.optim": {"fastjepa_kernels"},
+    "fastjepa.bench": {
+        "fastjepa_kernels", "fastjepa.masking", "fastjepa.model", "fastjepa.observe",
+        "fastjepa.presets",
+    },
     "fastjepa.features": {
         "fastjepa.checkpoint", "fastjepa.data", "fastjepa.model", "fastjepa.observe",
     },
