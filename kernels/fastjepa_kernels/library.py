@@ -3,10 +3,12 @@
 A copy of the package under another name registers ops of its own: nothing collides.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -16,6 +18,30 @@ NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 
 def custom_op(
     name: str, *, mutates: Sequence[str] = ()
-) -> Callable[[Callable[..., object]], "CustomOpDef"]:
-    """Register a function as the op `NAMESPACE::name`; its schema comes from its annotations."""
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=tuple(mutates))
+) -> Callable[[Callable[..., Any]], "CustomOpDef"]:
+    """Register a function as the op `NAMESPACE::name`; its schema comes from its annotations.
+
+    It runs with its tensors' GPU as the current one, which is where Triton launches.
+    """
+    register = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=tuple(mutates))
+    return lambda function: register(_where_its_tensors_are(function))
+
+
+def _where_its_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def there(*arguments: Any, **options: Any) -> Any:
+        device = next(_tensors(arguments)).device
+        if device.type != "cuda":
+            return function(*arguments, **options)
+        with torch.cuda.device(device):
+            return function(*arguments, **options)
+
+    return there
+
+
+def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, Sequence) and not isinstance(argument, str):
+            yield from _tensors(argument)

@@ -6,8 +6,11 @@ Memory that was never written reads as NaN, and an op that is not deterministic 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from fastjepa_kernels.backend import interpreted
 
 Function = Callable[..., Any]
 
@@ -23,6 +26,26 @@ def _poisoned() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _bfloat16_is_rounded() -> Iterator[None]:
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest."""
+    with pytest.MonkeyPatch.context() as patch:
+        if interpreted():
+            from triton import language as tl
+            from triton.runtime import interpreter
+
+            convert = interpreter._convert_float
+
+            def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
+                if (source, target) != (tl.float32, tl.bfloat16):
+                    return convert(data, source, target, mode)
+                wide = torch.from_numpy(np.array(data, np.float32))
+                return wide.bfloat16().view(torch.uint16).numpy()
+
+            patch.setattr(interpreter, "_convert_float", rounded)
+        yield
 
 
 @pytest.fixture(scope="package", params=["triton", "reference"])

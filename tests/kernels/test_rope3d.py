@@ -1,10 +1,9 @@
 """Rotary positions: kernel and twin against the formula, the inverse as gradient, in place, bad
 input."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,31 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastjepa_kernels import rope3d, rope3d_
-from fastjepa_kernels.backend import interpreted
 from fastjepa_kernels.rope3d import reference
 from fastjepa_kernels.rope3d.op import _rope3d, _rope3d_in_place, as_factor, rotate_into
 from fastjepa_kernels.rope3d.reference import rotate
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bfloat16_is_rounded() -> Iterator[None]:
-    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest."""
-    with pytest.MonkeyPatch.context() as patch:
-        if interpreted():
-            from triton import language as tl
-            from triton.runtime import interpreter
-
-            convert = interpreter._convert_float
-
-            def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-                if (source, target) != (tl.float32, tl.bfloat16):
-                    return convert(data, source, target, mode)
-                wide = torch.from_numpy(np.array(data, np.float32))
-                return wide.bfloat16().view(torch.uint16).numpy()
-
-            patch.setattr(interpreter, "_convert_float", rounded)
-        yield
-
 
 LEADS: list[tuple[int, ...]] = [(), (1,), (3,), (2, 2)]
 

@@ -1,9 +1,8 @@
 """Gathered tokens and assembled sequences: kernels and twins against the formula, bad input."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,30 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastjepa_kernels import assemble_tokens, gather_tokens, packed_rows, rope3d
-from fastjepa_kernels.backend import interpreted
 from fastjepa_kernels.tokens import reference, rows
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _bfloat16_is_rounded() -> Iterator[None]:
-    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest."""
-    with pytest.MonkeyPatch.context() as patch:
-        if interpreted():
-            from triton import language as tl
-            from triton.runtime import interpreter
-
-            convert = interpreter._convert_float
-
-            def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-                if (source, target) != (tl.float32, tl.bfloat16):
-                    return convert(data, source, target, mode)
-                wide = torch.from_numpy(np.array(data, np.float32))
-                return wide.bfloat16().view(torch.uint16).numpy()
-
-            patch.setattr(interpreter, "_convert_float", rounded)
-        yield
 
 
 def some_of(tokens: int, *counts: int, clips: int = 2) -> tuple[Tensor, ...]:
