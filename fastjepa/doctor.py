@@ -23,11 +23,18 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from fastjepa_kernels.backend import choose
+
 OLDEST_TORCH = (2, 11)
 # An import that takes longer than this many seconds counts as broken.
 _PATIENCE = 60.0
 _VIDEO_CODECS = ("h264", "hevc", "vp9", "av1")
 _STYLES = {"ok": "green", "absent": "dim", "problem": "bold red"}
+
+_OPS = (
+    "dense_l1", "linear_dense_l1", "mask_distance", "rope3d", "gather_tokens", "assemble_tokens",
+    "ema_update",
+)  # fmt: skip
 
 State = Literal["ok", "absent", "problem"]
 
@@ -76,7 +83,10 @@ PACKAGES = (
         "wandb", "wandb", ("wandb",), "takes metrics where observe.wandb is true",
         install="pip install wandb",
     ),
-    Package("triton", "triton", ("triton", "triton-rocm", "triton-xpu"), _UNUSED, "unused"),
+    Package(
+        "triton", "triton", ("triton", "triton-rocm", "triton-xpu"), "compiles the ops for a GPU",
+        install="pip install triton",
+    ),
     Package("flash-attn", "flash_attn", ("flash-attn",), _UNUSED, "unused"),
     Package("xformers", "xformers", ("xformers",), _UNUSED, "unused"),
     Package("deepspeed", "deepspeed", ("deepspeed",), _UNUSED, "unused"),
@@ -288,23 +298,39 @@ def _backends() -> Iterator[Finding]:
         "device": device,
         "attention": f"{attention}; model.attention: math takes the plain formula",
         "matrix products": products,
-        "ops": "PyTorch, because no Triton kernel is built into fastjepa yet",
         "decoder": "PyAV on the CPU, in worker processes, because no other is built in yet",
         "engine": "torch in one process, because no other is built in yet",
     }
     for name, detail in chosen.items():
         yield Finding(name, "ok", detail, "backends")
+    yield from _ops(torch.device("cuda" if cuda else "cpu"))
+
+
+def _ops(device: torch.device) -> Iterator[Finding]:
+    """What each op runs for tensors on `device`; masks are made in the data workers."""
+    for name in _OPS:
+        place = torch.device("cpu") if name == "mask_distance" else device
+        choice = choose("auto", place)
+        what = "the Triton kernel" if choice.name == "triton" else "the PyTorch twin"
+        where = " (in the data workers)" if place != device else ""
+        yield Finding(f"op {name}", "ok", f"{what}, because {choice.reason}{where}", "backends")
 
 
 def _self_tests() -> Iterator[Finding]:
     try:
-        from fastjepa.selftest import SELF_TESTS, block_equals_formula, failure
+        from fastjepa.selftest import (
+            SELF_TESTS,
+            block_equals_formula,
+            failure,
+            ops_equal_formulas,
+        )
     except (ImportError, OSError) as error:
         yield Finding("self-tests", "problem", f"cannot be imported: {error}", "self-tests")
         return
     tests = dict(SELF_TESTS)
     if torch.cuda.is_available():
         tests["CUDA block"] = partial(block_equals_formula, "cuda")
+        tests["CUDA ops"] = partial(ops_equal_formulas, "cuda")
     for name, test in tests.items():
         failed, detail = failure(test)
         yield Finding(name, "problem" if failed else "ok", detail, "self-tests")

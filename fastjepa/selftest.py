@@ -31,9 +31,20 @@ from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.step import Jepa, MicroBatch, named_parameters, train_step
-from fastjepa_kernels import mask_distance, rope3d
+from fastjepa_kernels import (
+    assemble_tokens,
+    ema_update,
+    gather_tokens,
+    linear_dense_l1,
+    mask_distance,
+    packed_rows,
+    rope3d,
+)
+from fastjepa_kernels.dense_l1 import reference as loss_formula
 from fastjepa_kernels.mask_distance.reference import mask_distance as every_pair
 from fastjepa_kernels.rope3d.reference import rotate
+from fastjepa_kernels.tokens.reference import assemble_tokens as put_together
+from fastjepa_kernels.tokens.reference import gather_tokens as by_index
 
 # Differences in the order of float32 sums stay well below this, relative to the largest value.
 TOLERANCE = 1e-4
@@ -100,18 +111,39 @@ def block_equals_formula(device: str = "cpu") -> str:
     return _same(run(fast), run(plain))
 
 
-def ops_equal_formulas() -> str:
-    """The ops' fast forms against their written-out formulas."""
+def ops_equal_formulas(device: str = "cpu") -> str:
+    """The ops as they run on `device` against their written-out formulas, gradients included."""
     rng = torch.Generator().manual_seed(0)
-    order = torch.rand(2, 32, generator=rng).argsort(dim=1)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=rng).to(device)
+
+    order = torch.rand(2, 32, generator=rng).argsort(dim=1).to(device)
     context, predict = order[:, :20].sort().values, order[:, 20:].sort().values
-    qkv = torch.randn(32, 3, 2, 24, generator=rng)
+    qkv = normal(32, 3, 2, 24)
     table = rotary_table(_GRID, 24, like=qkv)
     turned = torch.cat((rotate(qkv[:, :2], table[:, None, None]), qkv[:, 2:]), dim=1)
+    tokens, mask, levels = normal(2, 32, 48), normal(48), [normal(64, 48), normal(64, 48)]
+    seen = gather_tokens(tokens, context)
+    heads = (normal(24, 48), normal(96, 48).requires_grad_(), normal(96))
+    rows = packed_rows([predict], 32), [predict.numel()]
+    loss, _ = linear_dense_l1(*heads, levels, *rows)
+    wanted, _ = loss_formula.linear_dense_l1(*heads, levels, *rows)
+    kept, source = [normal(48, 5), normal(7)], [normal(48, 5), normal(7)]
+    moved = [0.9 * k + 0.1 * s for k, s in zip(kept, source, strict=True)]
+    ema_update(kept, source, 0.9)
     return _same(
-        [mask_distance(context, predict, _GRID), rope3d(qkv, table)],
-        [every_pair(context, predict, _GRID).float(), turned],
-    )
+        [
+            mask_distance(context, predict, _GRID), rope3d(qkv, table), seen,
+            assemble_tokens(seen, mask, context, predict).tokens, loss.detach(),
+            *torch.autograd.grad(loss, heads[1]), *kept,
+        ],
+        [
+            every_pair(context, predict, _GRID).float(), turned, by_index(tokens, context),
+            put_together(seen, mask, context, predict)[0], wanted.detach(),
+            *torch.autograd.grad(wanted, heads[1]), *moved,
+        ],
+    )  # fmt: skip
 
 
 def video_round_trip() -> str:

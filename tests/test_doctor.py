@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import fastjepa_kernels
 from fastjepa import selftest
 from fastjepa.doctor import Finding, as_table, as_text, examine, healthy
 
@@ -35,9 +36,15 @@ def test_a_machine_that_passes_these_tests_is_healthy(findings: list[Finding]) -
 
 def test_every_backend_is_given_with_its_reason(findings: list[Finding]) -> None:
     backends = {f.name: f.detail for f in findings if f.group == "backends"}
-    assert backends.keys() == {
-        "device", "attention", "matrix products", "ops", "decoder", "engine"
+    ops = {name.removeprefix("op ") for name in backends if name.startswith("op ")}
+    assert ops == set(fastjepa_kernels.__all__) & ops
+    assert ops >= {"dense_l1", "linear_dense_l1", "mask_distance", "rope3d", "ema_update"}
+    assert backends.keys() - {f"op {op}" for op in ops} == {
+        "device", "attention", "matrix products", "decoder", "engine"
     }  # fmt: skip
+    kernel = "Triton" if torch.cuda.is_available() else "PyTorch twin"
+    assert kernel in backends["op linear_dense_l1"]
+    assert "PyTorch twin" in backends["op mask_distance"]
     assert all("because" in detail for detail in backends.values())
     assert ("block_cpu" in backends["attention"]) != torch.cuda.is_available()
 
