@@ -1,7 +1,8 @@
 """The backward of a loss whose gradient its forward has written: times the upstream scalar.
 
-The stored gradient becomes the returned one in place. Only where the graph is kept for another
-backward (`retain_graph`, `create_graph`) is it left as it is and a scaled copy returned.
+The stored gradient becomes the returned one in place. Where the graph is kept for another backward
+(`retain_graph`, `create_graph`), and inside a compiled graph, it is left as it is and a scaled copy
+returned.
 """
 
 import torch
@@ -18,11 +19,18 @@ def scaled(stored: Tensor, upstream: Tensor | None, factor: float, backend: str)
     """
     if upstream is None:
         return None
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if _is_needed_again(stored):
         copy: Tensor = _scaled_gradient(stored, upstream, factor, backend)
         return copy
     _scale_gradient_(stored, upstream, factor, backend)
     return stored.detach()
+
+
+def _is_needed_again(stored: Tensor) -> bool:
+    # Tracers run this with tensors of their own, and see no writes into what a forward has saved.
+    if torch.compiler.is_compiling() or type(stored) is not Tensor:
+        return True
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 @custom_op("scaled_gradient")
