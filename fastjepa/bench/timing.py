@@ -51,11 +51,11 @@ def in_turn(
     for name, calls in ways.items():
         try:
             seconds(calls, _WARM_UP, device)
-            once = seconds(calls, 1, device)
+            times[name] = max(1, round(_LONG_ENOUGH / seconds(calls, 1, device)))
         except torch.OutOfMemoryError:
+            pass
+        if name not in times and device.type == "cuda":
             torch.cuda.empty_cache()
-            continue
-        times[name] = max(1, round(_LONG_ENOUGH / once))
     rounds: dict[str, list[float]] = {name: [] for name in times}
     for _ in range(repeats):
         for name, count in times.items():
