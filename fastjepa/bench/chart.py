@@ -21,7 +21,9 @@ def draw(results: Results, picture: Path) -> None:
 
     Raises ValueError if nothing was measured or matplotlib is not installed.
     """
+    ops = list(dict.fromkeys(row.op for row in results.rows))
     rows = [row for row in results.rows if row.bandwidth("ours") is not None]
+    rows.sort(key=lambda row: ops.index(row.op))
     if not rows:
         raise ValueError(f"{picture}: nothing was measured, nothing to draw")
     try:
@@ -45,7 +47,7 @@ def draw(results: Results, picture: Path) -> None:
     if on_gpu:
         _share_panel(axes[2], rows, results.copy_bytes_per_second)
     axes[0].set_yticks(range(len(rows)), [f"{row.op}\n{row.shape}" for row in rows], fontsize=8)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     with atomic_file(picture) as handle:

@@ -29,6 +29,8 @@ def _lines(results: Results) -> Iterator[str]:
     versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
     yield f"{device['name']}{threads}; {versions}; commit {results.commit or 'unknown'}"
     yield f"copy bandwidth {results.copy_bytes_per_second / 1e9:.1f} GB/s, read and written"
+    if device["type"] != "cuda":
+        yield "(a CPU reads what a copy overwrites, too, so updates in place can exceed it)"
     yield f"official way: {results.official}"
     yield "least: bytes read and written once, and operations of products; GB/s are those bytes"
     for op in dict.fromkeys(row.op for row in results.rows):
