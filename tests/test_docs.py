@@ -168,6 +168,7 @@ def test_imports_go_only_where_contributing_says() -> None:
 
 def test_no_op_folder_makes_kernels_a_package() -> None:
     assert not (ROOT / "kernels/__init__.py").exists()
-    for op in (path for path in (ROOT / "kernels/fastjepa_kernels").iterdir() if path.is_dir()):
-        if op.name != "__pycache__":
-            assert {"__init__.py", "op.py", "reference.py"} <= {file.name for file in op.iterdir()}
+    ops = [path.parent for path in (ROOT / "kernels/fastjepa_kernels").glob("*/op.py")]
+    assert ops
+    for op in ops:
+        assert {"__init__.py", "kernel.py", "reference.py"} <= {file.name for file in op.iterdir()}
