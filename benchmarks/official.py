@@ -2,24 +2,22 @@
 trainer calls them.
 
 Nothing of the checkout is copied: this file imports its encoder, predictor, wrappers, mask
-distances and mask gathering, and drives them in the order of its training script. Packages that
-the checkout imports but the step never uses (timm's drop path at rate 0, torchvision, einops) are
-stood in for if they are not installed.
+distances and mask gathering, and drives them in the order of its training script.
 """
 
 import copy
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fastjepa.bench.checkout import make_importable
 
 MODULES = "app.vjepa_2_1.models"
 # The official names of the sizes whose head count is that of the released models.
@@ -29,31 +27,14 @@ OFFICIAL_NAMES = {"vit_giant": "vit_giant_xformers", "vit_gigantic": "vit_gigant
 def import_official(path: Path) -> Callable[[str], Any]:
     """Make a checkout importable; returns `load(module name)`. SystemExit if it is not a
     checkout."""
-    if not (path / "app" / "vjepa_2_1" / "models" / "vision_transformer.py").is_file():
-        sys.exit(f"--reference {path}: expected an official V-JEPA 2 checkout with app/vjepa_2_1")
-    for name in ("timm.models.layers", "einops", "torchvision"):
-        _stand_in(name)
+    try:
+        make_importable(path)
+    except ValueError as error:
+        sys.exit(str(error))
     # Deprecated on CUDA and needless on a CPU, yet opened around every attention call.
     if not torch.cuda.is_available():
         torch.backends.cuda.sdp_kernel = nullcontext  # type: ignore[assignment]
-    sys.path.insert(0, str(path))
     return importlib.import_module
-
-
-def _stand_in(name: str) -> None:
-    root = name.partition(".")[0]
-    if importlib.util.find_spec(root) is not None:
-        try:
-            importlib.import_module(name)
-            return
-        except (ImportError, RuntimeError):
-            pass
-    parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        sys.modules[".".join(parts[:depth])] = ModuleType(parts[depth - 1])
-    module = sys.modules[name]
-    module.drop_path = lambda x, *_: x  # type: ignore[attr-defined]
-    module.rearrange = None  # type: ignore[attr-defined]
 
 
 class OfficialStep:

@@ -23,15 +23,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from official import OfficialStep
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from fastjepa.bench.memory import peak_extra
 from fastjepa.masking.batch import MaskMaker, Masks, distance_weights
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Predictor, build_encoder
@@ -127,14 +126,13 @@ def peak_memory(args: argparse.Namespace, side: str) -> int:
 def peak_of_tensors(args: argparse.Namespace, side: str) -> int:
     """Largest sum of live allocations while one side is built and makes four steps."""
     maker = mask_maker(args)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+
+    def four_steps() -> None:
         step = build(args, side)
         for number in range(4):
             step(maker(number))
-    assert record.profiler is not None
-    events = record.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(accumulate(size for _, size in changes))
+
+    return peak_extra(four_steps, torch.device("cpu"))
 
 
 def parsed(argv: list[str]) -> argparse.Namespace:

@@ -3,24 +3,22 @@
     official = from_checkout(Path("vjepa2"))  # their own functions
     official = RESTATED                       # the same order of operations in our words
 
-Nothing of the checkout is copied. Packages that it imports but these functions never use (timm,
-torchvision, einops) are stood in for if they are not installed.
+Nothing of the checkout is copied.
 
 Shapes: B batch, N grid tokens, K kept tokens, H heads, C channels of an axis.
 """
 
 import importlib
-import importlib.util
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from fastjepa.bench.checkout import make_importable
 
 _MODELS = "app.vjepa_2_1.models"
 
@@ -42,13 +40,7 @@ class Official:
 
 def from_checkout(path: Path) -> Official:
     """Their own functions. Raises ValueError if `path` is no official checkout with V-JEPA 2.1."""
-    if not (path / "app" / "vjepa_2_1" / "models" / "vision_transformer.py").is_file():
-        raise ValueError(
-            f"--reference {path}: expected an official V-JEPA 2 checkout with app/vjepa_2_1"
-        )
-    for name in ("timm.models.layers", "einops", "torchvision"):
-        _stand_in(name)
-    sys.path.insert(0, str(path))
+    make_importable(path)
     apply_masks = importlib.import_module("src.masks.utils").apply_masks
     distance = importlib.import_module(f"{_MODELS}.utils.masks_dist").compute_mask_distance
     turn = importlib.import_module(f"{_MODELS}.utils.modules").rotate_queries_or_keys
@@ -108,21 +100,6 @@ def places(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tens
     frame = index // (height * width)
     row = index // width - frame * height
     return frame.float(), row.float(), (index % width).float()
-
-
-def _stand_in(name: str) -> None:
-    if importlib.util.find_spec(name.partition(".")[0]) is not None:
-        try:
-            importlib.import_module(name)
-            return
-        except (ImportError, RuntimeError):
-            pass
-    parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        sys.modules[".".join(parts[:depth])] = ModuleType(parts[depth - 1])
-    # Names that are imported from there and never called.
-    for unused in ("drop_path", "rearrange"):
-        setattr(sys.modules[name], unused, None)
 
 
 def _commit(path: Path) -> str:
