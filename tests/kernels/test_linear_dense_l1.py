@@ -111,9 +111,12 @@ def test_it_is_at_most_twice_as_far_off_as_the_formula(
     exact = run(reference.linear_dense_l1, inputs, wide, wide, **options)
     theirs = run(formula, inputs, dtype, head, **options)
     ours = run(linear_dense_l1, inputs, dtype, head, device, backend=backend, **options)
-    for found, formula_found, true in zip(ours, theirs, exact, strict=True):
+    # A total may be exact by luck: a few roundings are always allowed. A gradient is many numbers.
+    for found, formula_found, true, roundings in zip(
+        ours, theirs, exact, (4, 4, 1, 1, 1), strict=True
+    ):
         error, error_of_formula = ((value - true).norm() for value in (found, formula_found))
-        assert error <= 2 * error_of_formula + torch.finfo(dtype).eps * true.norm()
+        assert error <= 2 * error_of_formula + roundings * torch.finfo(dtype).eps * true.norm()
 
 
 @pytest.mark.parametrize("options", [{}, {"exponent": 1.5}, {"smooth": 0.5}], ids=str)
