@@ -174,7 +174,6 @@ def test_they_are_well_behaved_ops(inputs: Any, backend: Any, grad: bool) -> Non
     torch.library.opcheck(op._dense_l1_, (z_RE.clone(), levels, row_R, *options, backend))
     upstream = torch.tensor(1.5, device=z_RE.device)
     torch.library.opcheck(gradient._scaled_gradient, (z_RE, upstream, 0.5, backend))
-    torch.library.opcheck(gradient._scale_gradient_, (z_RE.clone(), upstream, 0.5, backend))
 
 
 def test_no_rows_are_a_loss_of_0(inputs: Any, backend: Any) -> None:

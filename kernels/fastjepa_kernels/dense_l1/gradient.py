@@ -22,8 +22,9 @@ def scaled(stored: Tensor, upstream: Tensor | None, factor: float, backend: str)
     if _is_needed_again(stored):
         copy: Tensor = _scaled_gradient(stored, upstream, factor, backend)
         return copy
-    _scale_gradient_(stored, upstream, factor, backend)
-    return stored.detach()
+    own = stored.detach()
+    _scale(own, own, upstream, factor, backend)
+    return own
 
 
 def _is_needed_again(stored: Tensor) -> bool:
@@ -43,11 +44,6 @@ def _scaled_gradient(stored: Tensor, upstream: Tensor, factor: float, backend: s
 @_scaled_gradient.register_fake
 def _(stored: Tensor, upstream: Tensor, factor: float, backend: str) -> Tensor:
     return torch.empty_like(stored)
-
-
-@custom_op("scale_gradient_", mutates=["stored"])
-def _scale_gradient_(stored: Tensor, upstream: Tensor, factor: float, backend: str) -> None:
-    _scale(stored, stored, upstream, factor, backend)
 
 
 def _scale(stored: Tensor, out: Tensor, upstream: Tensor, factor: float, backend: str) -> None:

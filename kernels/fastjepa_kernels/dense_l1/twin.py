@@ -141,23 +141,11 @@ def _loss_and_slope(
 
 def finish(comparison: Comparison, sums_RL: Tensor) -> tuple[Tensor, Tensor]:
     """Total and terms [G, L] from the losses of all rows."""
-    terms = []
-    weights = comparison.token_weight_R
-    for part_rL, rows_mean, start in zip(
-        sums_RL.split(comparison.group_sizes), comparison.group_means(),
-        _starts(comparison.group_sizes), strict=True,
-    ):  # fmt: skip
-        weight_r = sums_RL.new_ones(len(part_rL))
-        if weights is not None:
-            weight_r = weights[start : start + len(part_rL)].to(sums_RL.dtype)
-        terms.append((weight_r @ part_rL) * rows_mean)
-    terms_GL = torch.stack(terms)
+    if comparison.token_weight_R is not None:
+        sums_RL = sums_RL * comparison.token_weight_R[:, None].to(sums_RL.dtype)
+    terms_GL = torch.stack([part_rL.sum(0) for part_rL in sums_RL.split(comparison.group_sizes)])
+    terms_GL *= sums_RL.new_tensor(comparison.group_means())[:, None]
     weight_G = sums_RL.new_tensor(comparison.group_weights)
     if comparison.group_factor_G is not None:
         weight_G *= comparison.group_factor_G
-    beta_L = sums_RL.new_tensor(comparison.level_weights)
-    return (weight_G @ terms_GL) @ beta_L, terms_GL
-
-
-def _starts(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:group]) for group in range(len(sizes))]
+    return (weight_G @ terms_GL) @ sums_RL.new_tensor(comparison.level_weights), terms_GL
