@@ -31,8 +31,8 @@ from official import OfficialStep
 from torch import Tensor
 
 from fastjepa.bench.memory import peak_extra
+from fastjepa.bench.shapes import VIDEO_GROUPS
 from fastjepa.masking.batch import MaskMaker, Masks, distance_weights
-from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Predictor, build_encoder
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.presets import PRESETS
@@ -47,10 +47,6 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 LR, MOMENTUM, LAMBDA = 1e-4, 0.99925, 0.5
-VIDEO_GROUPS = (
-    Blocks(num_blocks=8, spatial_scale=(0.15, 0.15)),
-    Blocks(num_blocks=2, spatial_scale=(0.7, 0.7)),
-)
 
 
 class OurStep:

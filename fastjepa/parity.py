@@ -22,6 +22,7 @@ from fastjepa.parity_report import Ledger, Report
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.step import Jepa, MicroBatch, forward, named_parameters
 from fastjepa_kernels import dense_l1
+from fastjepa_kernels.packing import by_group
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -123,8 +124,8 @@ def _forward_and_backward(
         with _outputs(jepa) as seen:
             terms = forward(jepa, batch, engine.dtype)
         predicted, context = (rows.to(engine.dtype) for rows in seen["predictor"])
-        z_predict = _by_group(jepa.predictor.predictor_proj(predicted), masks.predict)
-        z_context = _by_group(jepa.predictor.predictor_proj_context(context), masks.context)
+        z_predict = by_group(jepa.predictor.predictor_proj(predicted), masks.predict)
+        z_context = by_group(jepa.predictor.predictor_proj_context(context), masks.context)
         with torch.no_grad():
             losses = {"loss_context": context_loss(masks.weights)}
             losses["loss_context_unweighted"] = context_loss(None)
@@ -134,7 +135,7 @@ def _forward_and_backward(
     ledger.compare("targets", "target_features", torch.cat(seen["target"], -1).unflatten(0, whole))
     targets_BNE = _normalised(seen["target"]).unflatten(0, whole)
     ledger.compare("targets", "targets_normalised", targets_BNE)
-    features = _by_group(torch.cat(seen["encoder"], -1), masks.context)
+    features = by_group(torch.cat(seen["encoder"], -1), masks.context)
     for family, key, groups in (
         ("context features", "context_features", features),
         ("predictions", "z_pred", z_predict),
@@ -151,11 +152,6 @@ def _forward_and_backward(
     settled, ties = _settled(ledger.golden, batch, z_predict, z_context, targets_BNE, tolerance)
     engine.backward(terms.total + settled)
     return ties
-
-
-def _by_group(rows_RE: Tensor, groups_BK: Sequence[Tensor]) -> list[Tensor]:
-    parts = rows_RE.split([index.numel() for index in groups_BK])
-    return [part.unflatten(0, i.shape) for part, i in zip(parts, groups_BK, strict=True)]
 
 
 def _settled(

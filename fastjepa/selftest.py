@@ -41,8 +41,9 @@ from fastjepa_kernels import (
     rope3d,
 )
 from fastjepa_kernels.dense_l1 import reference as loss_formula
+from fastjepa_kernels.ema.reference import ema_update as moving_average
 from fastjepa_kernels.mask_distance.reference import mask_distance as every_pair
-from fastjepa_kernels.rope3d.reference import rotate
+from fastjepa_kernels.rope3d.reference import rope3d as rotated
 from fastjepa_kernels.tokens.reference import assemble_tokens as put_together
 from fastjepa_kernels.tokens.reference import gather_tokens as by_index
 
@@ -122,7 +123,6 @@ def ops_equal_formulas(device: str = "cpu") -> str:
     context, predict = order[:, :20].sort().values, order[:, 20:].sort().values
     qkv = normal(32, 3, 2, 24)
     table = rotary_table(_GRID, 24, like=qkv)
-    turned = torch.cat((rotate(qkv[:, :2], table[:, None, None]), qkv[:, 2:]), dim=1)
     tokens, mask, levels = normal(2, 32, 48), normal(48), [normal(64, 48), normal(64, 48)]
     seen = gather_tokens(tokens, context)
     heads = (normal(24, 48), normal(96, 48).requires_grad_(), normal(96))
@@ -130,7 +130,8 @@ def ops_equal_formulas(device: str = "cpu") -> str:
     loss, _ = linear_dense_l1(*heads, levels, *rows)
     wanted, _ = loss_formula.linear_dense_l1(*heads, levels, *rows)
     kept, source = [normal(48, 5), normal(7)], [normal(48, 5), normal(7)]
-    moved = [0.9 * k + 0.1 * s for k, s in zip(kept, source, strict=True)]
+    moved = [k.clone() for k in kept]
+    moving_average(moved, source, 0.9)
     ema_update(kept, source, 0.9)
     return _same(
         [
@@ -139,9 +140,9 @@ def ops_equal_formulas(device: str = "cpu") -> str:
             *torch.autograd.grad(loss, heads[1]), *kept,
         ],
         [
-            every_pair(context, predict, _GRID).float(), turned, by_index(tokens, context),
-            put_together(seen, mask, context, predict)[0], wanted.detach(),
-            *torch.autograd.grad(wanted, heads[1]), *moved,
+            every_pair(context, predict, _GRID).float(), rotated(qkv, table),
+            by_index(tokens, context), put_together(seen, mask, context, predict)[0],
+            wanted.detach(), *torch.autograd.grad(wanted, heads[1]), *moved,
         ],
     )  # fmt: skip
 

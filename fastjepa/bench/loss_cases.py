@@ -19,6 +19,7 @@ from fastjepa.bench.official import Official
 from fastjepa.bench.shapes import Shape
 from fastjepa_kernels import dense_l1, linear_dense_l1, mask_distance, packed_rows
 from fastjepa_kernels.dense_l1 import reference
+from fastjepa_kernels.packing import by_group
 
 PREDICTOR_WIDTH = 384
 CONTEXT_WEIGHT = 0.5
@@ -68,10 +69,6 @@ class _LossCase(Case):
 
         predict = term(predicted, self.predict_BK, None)
         return predict + CONTEXT_WEIGHT * term(context, self.context_BK, self.root_BK)  # type: ignore[no-any-return]
-
-    def by_group(self, packed_R: Tensor, groups_BK: Sequence[Tensor]) -> list[Tensor]:
-        parts = packed_R.split([index.numel() for index in groups_BK])
-        return [part.view(*index.shape, -1) for part, index in zip(parts, groups_BK, strict=True)]
 
     def autocast(self) -> torch.autocast:
         dtype = self.shape.dtype
@@ -128,8 +125,8 @@ class DenseL1(_LossCase):
             return [
                 self.official_loss(
                     official,
-                    self.by_group(predicted, self.predict_BK),
-                    self.by_group(context, self.context_BK),
+                    by_group(predicted, self.predict_BK),
+                    by_group(context, self.context_BK),
                 )
             ]
 
@@ -214,7 +211,7 @@ class LinearDenseL1(_LossCase):
     def official(self, official: Official) -> list[Tensor]:
         with self.autocast():
             predicted, context = (
-                self.by_group(F.linear(x, *head), groups)
+                by_group(F.linear(x, *head), groups)
                 for x, head, groups in zip(
                     self.x_RP, self.heads, (self.predict_BK, self.context_BK), strict=True
                 )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.bench.checkout import make_importable
+from fastjepa_kernels.mask_distance.reference import positions
 
 _MODELS = "app.vjepa_2_1.models"
 
@@ -97,9 +98,8 @@ RESTATED = Official("restated", _gather, _mask_distance, _rotate)
 
 def places(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token indices to float positions in time, height and width."""
-    frame = index // (height * width)
-    row = index // width - frame * height
-    return frame.float(), row.float(), (index % width).float()
+    frame, row, column = positions(index, (0, height, width)).float().unbind(-1)
+    return frame, row, column
 
 
 def _commit(path: Path) -> str:

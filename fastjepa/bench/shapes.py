@@ -22,7 +22,7 @@ from fastjepa.presets import PRESETS, EncoderSize
 
 _PATCH, _TUBELET = 16, 2
 # The released video groups.
-_GROUPS = (
+VIDEO_GROUPS = (
     Blocks(num_blocks=8, spatial_scale=(0.15, 0.15)),
     Blocks(num_blocks=2, spatial_scale=(0.7, 0.7)),
 )
@@ -78,7 +78,7 @@ class Shape:
 
 @lru_cache(maxsize=16)
 def _masks(grid: tuple[int, int, int], batch: int) -> Masks:
-    return MaskMaker(_GROUPS, grid, batch, seed=0, weigh=False)(0)
+    return MaskMaker(VIDEO_GROUPS, grid, batch, seed=0, weigh=False)(0)
 
 
 def _shape(short: str, pixels: int, frames: int, batch: int, dtype: torch.dtype) -> Shape:

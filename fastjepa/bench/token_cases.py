@@ -15,6 +15,7 @@ from fastjepa.bench.official import Official
 from fastjepa.bench.shapes import Shape
 from fastjepa_kernels import assemble_tokens, gather_tokens, mask_distance
 from fastjepa_kernels.mask_distance.reference import mask_distance as every_pair
+from fastjepa_kernels.packing import by_group
 from fastjepa_kernels.tokens import reference
 
 _INDEX, _FLOAT = 8, 4
@@ -116,10 +117,6 @@ class AssembleTokens(Case):
         self.leaves = [self.context_RP, self.mask_P, self.modality_P]
         self.upstream = self.normal(shape.num_rows * PREDICTOR_WIDTH)
 
-    def _context(self) -> list[Tensor]:
-        parts = self.context_RP.split([index.numel() for index in self.context_BK])
-        return [p.view(*i.shape, -1) for p, i in zip(parts, self.context_BK, strict=True)]
-
     def ours(self) -> list[Tensor]:
         assembled = assemble_tokens(
             self.context_RP, self.mask_P, self.context_BK, self.predict_BK, add=self.modality_P
@@ -127,7 +124,8 @@ class AssembleTokens(Case):
         return [assembled.tokens]
 
     def arguments(self) -> tuple[Any, ...]:
-        return self._context(), self.mask_P, self.context_BK, self.predict_BK, self.modality_P
+        context_BKP = by_group(self.context_RP, self.context_BK)
+        return context_BKP, self.mask_P, self.context_BK, self.predict_BK, self.modality_P
 
     @staticmethod
     def formula(*arguments: Any) -> list[Tensor]:
@@ -141,7 +139,10 @@ class AssembleTokens(Case):
         clips = self.shape.batch
         sequences = []
         for rows, seen, hidden in zip(
-            self._context(), self.context_BK, self.predict_BK, strict=True
+            by_group(self.context_RP, self.context_BK),
+            self.context_BK,
+            self.predict_BK,
+            strict=True,
         ):
             everywhere = self.mask_P.view(1, 1, -1).repeat(clips, self.shape.num_tokens, 1)
             x_BSP = torch.cat((rows, *official.gather(everywhere, [hidden])), dim=1)

@@ -43,9 +43,10 @@ def _parts(x_BHKC: Tensor) -> Iterator[tuple[int, slice, list[slice]]]:
             yield b, slice(low, low + HEADS_AT_ONCE), cuts
 
 
-def _exponentials(some_hkC: Tensor, all_hKC: Tensor, out_hkK: Tensor) -> Tensor:
-    """Of the scores of some tokens' queries with all keys, or of some keys with all queries."""
-    scale = some_hkC.shape[-1] ** -0.5
+def _exponentials(some_hkC: Tensor, all_hKC: Tensor, room: Tensor) -> Tensor:
+    """Of the scores of some tokens' queries with all keys, or of some keys with all queries; in
+    `room`, which the last heads and tokens do not fill."""
+    scale, out_hkK = some_hkC.shape[-1] ** -0.5, room[: some_hkC.shape[0], : some_hkC.shape[1]]
     torch.baddbmm(out_hkK, some_hkC, all_hKC.mT, beta=0.0, alpha=scale, out=out_hkK)
     return out_hkK.exp_()
 
@@ -73,12 +74,11 @@ def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Ten
     H, K]."""
     out_BHKC = torch.empty_like(q_BHKC.transpose(1, 2)).transpose(1, 2)
     sum_BHK = torch.empty(q_BHKC.shape[:-1])
-    room_hkK = _room(q_BHKC)
+    room = _room(q_BHKC)
     for b, heads, cuts in _parts(q_BHKC):
         q_hKC, k_hKC, v_hKC = (t[b, heads] for t in (q_BHKC, k_BHKC, v_BHKC))
         for cut in cuts:
-            q_hkC = q_hKC[:, cut]
-            e_hkK = _exponentials(q_hkC, k_hKC, room_hkK[: len(q_hkC), : q_hkC.shape[1]])
+            e_hkK = _exponentials(q_hKC[:, cut], k_hKC, room)
             sum_hk = _sums(e_hkK)
             sum_BHK[b, heads, cut] = sum_hk
             torch.div(e_hkK @ v_hKC, sum_hk[..., None], out=out_BHKC[b, heads, cut])
@@ -111,18 +111,16 @@ def backward(
     v_BHKE = torch.cat((v_BHKC, v_BHKC.new_ones((*v_BHKC.shape[:-1], 2))), dim=-1)
 
     dq_BHKC, dk_BHKC, dv_BHKC = (torch.empty_like(t) for t in (q_BHKC, k_BHKC, v_BHKC))
-    room_hkK, other_hkK = _room(q_BHKC), _room(q_BHKC)
+    room, other_room = _room(q_BHKC), _room(q_BHKC)
     for b, heads, cuts in _parts(q_BHKC):
         q_hKC, shared_hKC, grads_hKE = (t[b, heads] for t in (q_BHKC, shared_BHKC, grads_BHKE))
         dq_hCK = torch.zeros(q_hKC.mT.shape)
         for cut in cuts:
             k_hkC = k_BHKC[b, heads, cut]
-            place = slice(len(k_hkC)), slice(k_hkC.shape[1])
-            e_hkK = _exponentials(k_hkC, q_hKC, room_hkK[place])
+            e_hkK = _exponentials(k_hkC, q_hKC, room)
             dv_BHKC[b, heads, cut] = e_hkK @ shared_hKC
-            ds_hkK = torch.bmm(v_BHKE[b, heads, cut], grads_hKE.mT, out=other_hkK[place]).mul_(
-                e_hkK
-            )
+            ds_hkK = other_room[: e_hkK.shape[0], : e_hkK.shape[1]]
+            torch.bmm(v_BHKE[b, heads, cut], grads_hKE.mT, out=ds_hkK).mul_(e_hkK)
             torch.mul(ds_hkK @ q_hKC, scale, out=dk_BHKC[b, heads, cut])
             dq_hCK += k_hkC.mT @ ds_hkK
         torch.mul(dq_hCK.mT, scale, out=dq_BHKC[b, heads])

@@ -89,11 +89,11 @@ def _heads_first(parts: Sequence[Tensor], table: Tensor) -> Tensor:
     parts: consecutive tokens of its sequences, each [B, k, 3, H, C].
     """
     count, _, _, heads, channels = parts[0].shape
-    length, dtype = sum(part.shape[1] for part in parts), parts[0].dtype
-    dtype = attention_cpu.attention_dtype(dtype, length)
+    sizes = [part.shape[1] for part in parts]
+    length = sum(sizes)
+    dtype = attention_cpu.attention_dtype(parts[0].dtype, length)
     out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=parts[0].device)
     factor = as_factor(table)[:, None]
-    sizes = [part.shape[1] for part in parts]
     for part, to, turn in zip(parts, out.split(sizes, 3), factor.split(sizes, 2), strict=True):
         for i in range(2):
             rotate_into(part[:, :, i].transpose(1, 2), turn, to[i])

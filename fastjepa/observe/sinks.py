@@ -10,7 +10,6 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from fastjepa.observe.atomic_file import atomic_file
@@ -179,12 +178,7 @@ class Sinks:
     def __enter__(self) -> "Sinks":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

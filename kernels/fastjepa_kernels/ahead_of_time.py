@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ class Case:
     signature: dict[str, Any]
     constants: dict[str, Any]
     num_warps: int = 4
-    num_stages: int = 3
     divisible_by_16: tuple[str, ...] = ()
 
 
@@ -43,7 +42,7 @@ class Resources:
     capability: int
     registers: int
     shared_bytes: int
-    spilled_bytes: int = field(default=0)
+    spilled_bytes: int
 
 
 def cases() -> Iterator[tuple[str, Case]]:
@@ -69,7 +68,7 @@ def compile_case(op: str, case: Case, capability: int) -> Resources:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        options={"num_warps": case.num_warps},
     )
     return _resources(op, case.name, capability, compiled.asm["cubin"], compiled.metadata.shared)
 

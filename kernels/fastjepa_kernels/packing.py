@@ -1,6 +1,6 @@
 """How the kept tokens of several mask groups lie behind one another.
 
-Shapes: B batch, K kept tokens, N grid tokens, R rows.
+Shapes: B batch, K kept tokens, N grid tokens, R rows, ... further dims.
 """
 
 from collections.abc import Sequence
@@ -17,3 +17,9 @@ def packed_rows(groups_BK: Sequence[Tensor], num_tokens: int) -> Tensor:
             for index in groups_BK
         ]
     )
+
+
+def by_group(packed_R: Tensor, groups_BK: Sequence[Tensor]) -> list[Tensor]:
+    """Packed rows [R, ...] as those of each group: views [B, K, ...]."""
+    parts = packed_R.split([index.numel() for index in groups_BK])
+    return [part.unflatten(0, index.shape) for part, index in zip(parts, groups_BK, strict=True)]

@@ -3,6 +3,7 @@
 import torch
 
 from fastjepa_kernels import packed_rows
+from fastjepa_kernels.packing import by_group
 
 
 def test_groups_follow_one_another_and_clips_within_them() -> None:
@@ -16,3 +17,12 @@ def test_rows_gather_each_clips_own_tokens() -> None:
     rows = packed_rows([index], 7)
     expected = tokens.take_along_dim(index[..., None], 1)
     assert torch.equal(tokens.flatten(0, 1)[rows].view(3, 4, 2), expected)
+
+
+def test_rows_come_back_by_group_without_a_copy() -> None:
+    groups = [torch.tensor([[0, 2], [1, 3]]), torch.tensor([[3], [0]])]
+    rows = packed_rows(groups, 4)
+    parts = by_group(rows, groups)
+    assert [part.tolist() for part in parts] == [[[0, 2], [5, 7]], [[3], [4]]]
+    assert parts[1].data_ptr() == rows[4:].data_ptr()
+    assert [p.shape for p in by_group(torch.zeros(6, 5), groups)] == [(2, 2, 5), (2, 1, 5)]

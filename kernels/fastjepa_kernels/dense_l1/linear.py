@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backend import Backend
 from ..checks import check_same_device
 from ..library import custom_op
-from . import twin
+from ..precision import wide
 from .comparison import Comparison, GroupWeights, checked, gradient_scale
 from .gradient import scaled
 from .op import implementation, losses_like, new_sums
@@ -122,7 +122,7 @@ def _linear_dense_l1(
 
 def _empty_gradients(x_RP: Tensor, weight_EP: Tensor, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the gradients of x, W and b, the latter two in the dtype they add up in."""
-    dtype = twin.wide(x_RP.dtype)
+    dtype = wide(x_RP.dtype)
     shapes = (x_RP.shape, weight_EP.shape, weight_EP.shape[:1]) if grad else ((0,),) * 3
     dx_RP, dweight_EP, dbias_E = (
         x_RP.new_empty(shape, dtype=kept)

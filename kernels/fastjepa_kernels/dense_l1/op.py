@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backend import Backend, use_triton
 from ..library import custom_op
+from ..precision import wide
 from . import twin
 from .comparison import Comparison, GroupWeights, checked, gradient_scale
 from .gradient import scaled
@@ -160,7 +161,7 @@ class _Overwriting(torch.autograd.Function):
 
 def losses_like(prediction: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
     """Total and terms as they will be: shapes and dtype without values."""
-    dtype = twin.wide(prediction.dtype)
+    dtype = wide(prediction.dtype)
     shape_GL = (len(comparison.group_sizes), len(comparison.targets_MD))
     return prediction.new_empty((), dtype=dtype), prediction.new_empty(shape_GL, dtype=dtype)
 
@@ -190,7 +191,7 @@ def implementation(backend: str, prediction: Tensor, comparison: Comparison) -> 
 
 def new_sums(prediction: Tensor, levels: int) -> Tensor:
     """Room for the loss of each row and level, [R, L], a level's rows side by side."""
-    dtype = twin.wide(prediction.dtype)
+    dtype = wide(prediction.dtype)
     return prediction.new_empty((levels, len(prediction)), dtype=dtype).t()
 
 

@@ -16,11 +16,6 @@ from .comparison import Comparison
 BLOCK_NUMBERS = 2**18
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a loss is computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def compare(
     comparison: Comparison,
     z_rE: Tensor,

@@ -6,6 +6,7 @@ float32; the half-precision copy that forwards run with is written in the same p
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,16 +165,7 @@ def _ema_update(
 
 
 @_ema_update.register_fake
-def _(
-    targets: list[Tensor],
-    sources: list[Tensor],
-    copies: list[Tensor],
-    momentum: float,
-    scheduled: Tensor | None,
-    veto: Tensor | None,
-    veto_nonfinite: bool,
-    backend: str,
-) -> Tensor:
+def _(targets: list[Tensor], *rest: Any) -> Tensor:
     return targets[0].new_empty((), dtype=torch.int32)
 
 

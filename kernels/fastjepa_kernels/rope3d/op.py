@@ -16,6 +16,7 @@ from torch import Tensor
 from ..backend import Backend, use_triton
 from ..checks import INDEX_DTYPES, check_in_range, check_same_device
 from ..library import custom_op
+from ..precision import wide
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -106,7 +107,7 @@ def _check(qkv_N3HC: Tensor, table_MC2: Tensor, index_N: Tensor | None) -> None:
     if not fits:
         raise ValueError(f"table: expected shape {expected} for a qkv of {tuple(lead)} leading "
                          f"dims, got {shape}")  # fmt: skip
-    wanted = torch.float64 if qkv_N3HC.dtype == torch.float64 else torch.float32
+    wanted = wide(qkv_N3HC.dtype)
     if table_MC2.dtype != wanted:
         raise ValueError(
             f"table: expected {wanted} for a {qkv_N3HC.dtype} qkv, got {table_MC2.dtype}"

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..precision import wide
 
 BLOCK_R, BLOCK_D, STEPS, NUM_WARPS = 16, 128, 8, 4
 BLOCK_INVERT, BLOCK_P, BLOCK_SUM = 1024, 64, 32
@@ -218,8 +219,7 @@ def _finished(partial_KPD: Tensor) -> Tensor:
 
 
 def _partial_sums(x_MD: Tensor, kinds: int, programs: int) -> Tensor:
-    dtype = torch.float64 if x_MD.dtype == torch.float64 else torch.float32
-    return x_MD.new_empty((kinds, programs, x_MD.shape[1]), dtype=dtype)
+    return x_MD.new_empty((kinds, programs, x_MD.shape[1]), dtype=wide(x_MD.dtype))
 
 
 def _accumulator(x: Tensor) -> tl.dtype:

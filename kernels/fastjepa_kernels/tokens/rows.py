@@ -18,6 +18,7 @@ from ..backend import use_triton
 from ..checks import check_in_range, reads_values
 from ..library import custom_op
 from ..packing import packed_rows
+from ..precision import wide
 
 
 @custom_op("gather_tokens")
@@ -57,7 +58,7 @@ def _gather_backward(
     out_MD.zero_()
     for row, grad_RD in zip(row_R.split(sizes), grad.split(sizes), strict=True):
         out_MD.index_add_(0, row, grad_RD)
-    sum_1D = grad.sum(0, keepdim=True, dtype=_sum_dtype(grad))
+    sum_1D = grad.sum(0, keepdim=True, dtype=wide(grad.dtype))
     return out_MD, sum_1D if sums else sum_1D.new_empty(0, grad.shape[1])
 
 
@@ -66,7 +67,7 @@ def _(
     grad: Tensor, groups: Sequence[Tensor], num_tokens: int, sums: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
     out_MD = grad.new_empty(len(groups[0]) * num_tokens, grad.shape[1])
-    return out_MD, grad.new_empty(int(sums), grad.shape[1], dtype=_sum_dtype(grad))
+    return out_MD, grad.new_empty(int(sums), grad.shape[1], dtype=wide(grad.dtype))
 
 
 def _keep_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -161,7 +162,7 @@ def _assemble_backward(
         return out_RD, kernel.take_apart(_rows_apart(grad), row, out_RD)
     masked = torch.ones(len(grad), dtype=torch.bool, device=grad.device).index_fill_(0, row, False)
     grad_RD = grad.index_select(0, row)
-    mask_D = grad.index_select(0, masked.nonzero()[:, 0]).sum(0, dtype=_sum_dtype(grad))
+    mask_D = grad.index_select(0, masked.nonzero()[:, 0]).sum(0, dtype=wide(grad.dtype))
     every_D = grad_RD.sum(0, dtype=mask_D.dtype) + mask_D
     return grad_RD.to(dtype), torch.stack((every_D, mask_D))
 
@@ -171,7 +172,7 @@ def _(grad: Tensor, row: Tensor, dtype: torch.dtype, backend: str) -> tuple[Tens
     width = grad.shape[1]
     return (
         grad.new_empty((len(row), width), dtype=dtype),
-        grad.new_empty((2, width), dtype=_sum_dtype(grad)),
+        grad.new_empty((2, width), dtype=wide(grad.dtype)),
     )
 
 
@@ -189,10 +190,6 @@ def _from_assemble(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 assemble_tokens.register_autograd(_from_assemble, setup_context=_keep_assemble)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows_apart(x_RD: Tensor) -> Tensor:
