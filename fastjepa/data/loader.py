@@ -16,6 +16,7 @@ import pickle
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -111,6 +112,8 @@ class Loader:
         self._prefetch = prefetch
         self._pin_memory = pin_memory and torch.accelerator.is_available()
         self._running: list[Generator[Batch, None, None]] = []
+        # A worker that is still starting needs semaphores that multiprocessing takes away at exit.
+        weakref.finalize(self, _close_all, self._running)
         self._quarantine = Quarantine(None, max_bad_share, mixture.num_files)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -120,7 +123,7 @@ class Loader:
         batch that showed it is still yielded) or a sample found none to read, and WorkerDiedError.
         """
         running = self._checked(start, stop)
-        self._running = [one for one in self._running if getgeneratorstate(one) != GEN_CLOSED]
+        self._running[:] = [one for one in self._running if getgeneratorstate(one) != GEN_CLOSED]
         self._running.append(running)
         return running
 
@@ -130,8 +133,7 @@ class Loader:
 
     def close(self) -> None:
         """End the iterators that are under way, and their workers."""
-        while self._running:
-            self._running.pop().close()
+        _close_all(self._running)
 
     def _checked(self, start: int, stop: int) -> Generator[Batch, None, None]:
         made = self._in_workers(start, stop) if self._workers else self._in_process(start, stop)
@@ -181,6 +183,11 @@ class Loader:
             # One that is still starting needs the queues, if only to find that it is over.
             for worker in answers._workers:
                 worker.join(timeout=60.0)
+
+
+def _close_all(running: list[Generator[Batch, None, None]]) -> None:
+    while running:
+        running.pop().close()
 
 
 class _Answers:

@@ -4,7 +4,7 @@ Measured with two threads of an EPYC (benchmarks/cpu_choices.py): oneDNN with th
 residual, in its epilogue wins where the weight's rows are the short side, and for the input's
 gradient; with many rows it is worth a transposed copy of the weight. The weight's gradient in
 float32 goes to oneDNN where the weight's rows are the short side. All else is the plain product,
-and so is everything in float64 and where oneDNN is not built in.
+and so is everything in float64 and where oneDNN cannot work.
 
 Shapes: R rows, I input width, O output width.
 """
@@ -19,7 +19,11 @@ _onednn = torch.ops.mkldnn
 
 
 def _by_onednn(x: Tensor) -> bool:
-    return torch.backends.mkldnn.is_available() and x.dtype in (torch.float32, torch.bfloat16)
+    if not torch.backends.mkldnn.is_available():
+        return False
+    # In bfloat16 it needs instructions that older processors lack (AVX-512, or AVX-NE-CONVERT).
+    bf16: bool = x.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported()
+    return bf16 or x.dtype == torch.float32
 
 
 def _laid_out(weight_OI: Tensor, rows: int) -> Tensor:
