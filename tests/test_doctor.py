@@ -126,7 +126,7 @@ def _still(*_: object, **__: object) -> None:
 
 
 def _backwards(decode: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: decode(*args, **kwargs)[::-1]
+    return lambda *args, **kwargs: decode(*args, **kwargs)[::-1].copy()
 
 
 def _flipped(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,7 +140,7 @@ def _flipped(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _sabotage(name: str, patch: pytest.MonkeyPatch) -> None:
     from fastjepa.checkpoint import load_checkpoint
-    from fastjepa.data import decode_pyav
+    from fastjepa.data import media
     from fastjepa.model import block
     from fastjepa.model.block_cpu import mlp_half
     from fastjepa.train.engine import TorchEngine
@@ -153,7 +153,7 @@ def _sabotage(name: str, patch: pytest.MonkeyPatch) -> None:
     elif name == "ops":
         patch.setattr(selftest, "mask_distance", lambda *args: 1.01 * mask_distance(*args))
     elif name == "video decoding":
-        patch.setattr(decode_pyav, "decode_clip", _backwards(decode_pyav.decode_clip))
+        patch.setattr(media, "decode_clip", _backwards(media.decode_clip))
     elif name == "checkpoint":
         patch.setattr(selftest, "load_checkpoint", _flipped(load_checkpoint))
     elif name == "masks":
