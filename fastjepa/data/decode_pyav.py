@@ -6,23 +6,22 @@ shows the last frame.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import av
 import numpy as np
-from av.buffer import Buffer
 from av.container import InputContainer
-from av.sidedata.sidedata import Type
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from fastjepa.data.decoder import MAX_PIXELS, DecodeError, Frame, FrameTransform, check_size
+from fastjepa.data.decoder import MAX_PIXELS, DecodeError, FrameTransform, check_size
+from fastjepa.data.turn import turn_of, upright
 
 # Files may be named by strangers: nothing but local files is opened, whatever a playlist inside one
 # asks for.
@@ -244,23 +243,7 @@ class _Picture:
             rgb = self._reformatter.reformat(
                 frame, width=width, height=height, format="rgb24", threads=1
             )
-            upright = _turn(np.asarray(rgb.to_ndarray()), frame)
-            array = upright if self._transform is None else self._transform(upright)
+            picture = upright(np.asarray(rgb.to_ndarray()), turn_of(frame))
+            array = picture if self._transform is None else self._transform(picture)
             self._latest = (frame, array)
         return self._latest[1]
-
-
-def _turn(picture: Frame, frame: VideoFrame) -> Frame:
-    """Apply the display matrix, to the nearest quarter turn, mirrored or not.
-
-    The matrix maps a decoded pixel to its place on screen: x' = a x + c y, y' = b x + d y.
-    """
-    data = cast(Mapping[Type, Buffer], frame.side_data).get(Type.DISPLAYMATRIX)
-    if data is None:
-        return picture
-    matrix = np.frombuffer(bytes(data), np.int32)
-    a, b, c, d = (int(matrix[i]) for i in (0, 1, 3, 4))
-    if abs(b) > abs(a):
-        picture = picture.transpose(1, 0, 2)
-        a, d = c, b
-    return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
