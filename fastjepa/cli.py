@@ -108,7 +108,7 @@ def parity(
     ],
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16")] = "float32",
-    attention: Annotated[str, typer.Option(help="auto, sdpa or math")] = "auto",
+    attention: Annotated[str, typer.Option(help="a backend of model.attention")] = "auto",
     tolerance: Annotated[float, typer.Option(help="largest relative error that passes")] = 1e-5,
 ) -> None:
     """Run one step of the official code's golden file with ours and compare every tensor."""

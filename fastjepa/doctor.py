@@ -23,6 +23,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from fastjepa.model.attention_backends import ALL
 from fastjepa_kernels.backend import choose
 
 OLDEST_TORCH = (2, 11)
@@ -65,6 +66,7 @@ class Package:
 
 
 _UNUSED = "no part of fastjepa uses it yet"
+_ATTENTION = "attention on a GPU may run by it (model.attention)"
 _TRAIN = "pip install 'fastjepa[train]'"
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
@@ -87,8 +89,8 @@ PACKAGES = (
         "triton", "triton", ("triton", "triton-rocm", "triton-xpu"), "compiles the ops for a GPU",
         install="pip install triton",
     ),
-    Package("flash-attn", "flash_attn", ("flash-attn",), _UNUSED, "unused"),
-    Package("xformers", "xformers", ("xformers",), _UNUSED, "unused"),
+    Package("flash-attn", "flash_attn", ("flash-attn",), _ATTENTION),
+    Package("xformers", "xformers", ("xformers",), _ATTENTION),
     Package("deepspeed", "deepspeed", ("deepspeed",), _UNUSED, "unused"),
     Package("DALI", "nvidia.dali", _DALI, _UNUSED, "unused"),
 )  # fmt: skip
@@ -277,16 +279,13 @@ def _backends() -> Iterator[Finding]:
     cuda = torch.cuda.is_available()
     if cuda:
         device = "the CUDA device, because one is seen (engine.device: auto)"
-        attention = (
-            "scaled_dot_product_attention, because the device is CUDA: PyTorch takes flash where "
-            "it can"
-        )
+        attention = _attention(torch.device("cuda"))
         products = "cuBLAS, because the device is CUDA"
     else:
         device = "the CPU, because no CUDA device is seen (engine.device: auto)"
         attention = (
             "PyTorch's flash kernel for CPUs inside a hand-written block (model/block_cpu.py), "
-            "because the device is a CPU"
+            "because the device is a CPU; model.attention: math takes the plain formula"
         )
         onednn = torch.backends.mkldnn.is_available()
         products = (
@@ -296,7 +295,7 @@ def _backends() -> Iterator[Finding]:
         )
     chosen = {
         "device": device,
-        "attention": f"{attention}; model.attention: math takes the plain formula",
+        "attention": attention,
         "matrix products": products,
         "decoder": "PyAV on the CPU, in worker processes, because no other is built in yet",
         "engine": "torch in one process, because no other is built in yet",
@@ -304,6 +303,14 @@ def _backends() -> Iterator[Finding]:
     for name, detail in chosen.items():
         yield Finding(name, "ok", detail, "backends")
     yield from _ops(torch.device("cuda" if cuda else "cpu"))
+
+
+def _attention(device: torch.device) -> str:
+    """What `model.attention: auto` chooses from for heads of 64 channels in bfloat16."""
+    refusals = {b.name: b.refusal(device, torch.bfloat16, 64) for b in ALL}
+    able = ", ".join(name for name, refusal in refusals.items() if refusal is None)
+    unable = "".join(f"; not {n}: {refusal}" for n, refusal in refusals.items() if refusal)
+    return f"the fastest of {able}, measured once for each shape{unable}"
 
 
 def _ops(device: torch.device) -> Iterator[Finding]:

@@ -77,7 +77,9 @@ class Model(Section):
     tubelet: Positive = 2
     interpolate_rope: bool = True
     checkpointing: bool = False
-    attention: Literal["auto", "sdpa", "math"] = "auto"
+    attention: Literal[
+        "auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "xformers", "math"
+    ] = "auto"
     predictor: Predictor = Predictor()
 
 

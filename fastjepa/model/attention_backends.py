@@ -1,0 +1,170 @@
+"""Exact attention by every library that may be at hand, each behind `(qkv, segments) -> out`.
+
+None is causal, all scale by C^-0.5. PyTorch's own and the formula go through the segments one by
+one; the others take the packed rows as they lie, with the places where sequences begin. Which one
+can work where is `Backend.refusal`'s to say; attention.py chooses.
+
+Shapes: R packed rows, B sequences, K tokens of a sequence, H heads, C head channels.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastjepa.model.segments import Segment
+
+_HALF = (torch.float16, torch.bfloat16)
+
+Run = Callable[[Tensor, Sequence[Segment]], Tensor]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to attend; `run` takes [R, 3, H, C] to [R, H, C]. `module` is what it imports."""
+
+    name: str
+    run: Run
+    module: str = "torch"
+    needs_cuda: bool = True
+    dtypes: tuple[torch.dtype, ...] = _HALF
+    capability: tuple[int, int] = (8, 0)
+    channels: tuple[int, int, int] = (8, 256, 8)
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+        """Why it cannot take heads of `channels` channels there; None if it can."""
+        if not _found(self.module):
+            return f"{self.module} is not installed"
+        if not self.needs_cuda:
+            return None
+        if device.type != "cuda":
+            return f"it needs a CUDA device, not {device.type}"
+        if torch.cuda.get_device_capability(device) < self.capability:
+            return "it needs compute capability {}.{} or more".format(*self.capability)
+        if dtype not in self.dtypes:
+            return f"it takes {' and '.join(str(d)[6:] for d in self.dtypes)}, not {str(dtype)[6:]}"
+        low, high, step = self.channels
+        if not low <= channels <= high or channels % step:
+            return f"it takes heads of {low} to {high} channels in steps of {step}, not {channels}"
+        return None
+
+
+@lru_cache
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:  # of a package around it
+        return False
+
+
+@lru_cache(maxsize=16)
+def sequence_starts(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    """First row of every sequence and the end of the last: int32 [B + 1], ascending.
+
+    All blocks of a pass share one. It is counted on the device, so nothing waits for a copy.
+    """
+    starts = [
+        torch.arange(s.start, s.stop, s.length, dtype=torch.int32, device=device) for s in segments
+    ]
+    end = torch.full((1,), segments[-1].stop, dtype=torch.int32, device=device)
+    return torch.cat([*starts, end])
+
+
+def _by_segment(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+    """A kernel for [B, H, K, C], one segment after the other."""
+
+    def run(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+        parts = []
+        for segment in segments:
+            q, k, v = (t.transpose(1, 2) for t in segment.rows(qkv_R3HC).unbind(2))
+            parts.append(kernel(q, k, v).transpose(1, 2).flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return run
+
+
+def _formula(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
+    scores = q_BHKC @ k_BHKC.transpose(-1, -2) * q_BHKC.shape[-1] ** -0.5
+    out: Tensor = scores.softmax(-1) @ v_BHKC
+    return out
+
+
+def _places(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, int]:
+    starts = sequence_starts(tuple(segments), qkv_R3HC.device)
+    return starts, max(segment.length for segment in segments)
+
+
+def _varlen(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = _places(qkv_R3HC, segments)
+    q, k, v = qkv_R3HC.unbind(1)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash2(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    out: Tensor = flash_attn_varlen_qkvpacked_func(qkv_R3HC, *_places(qkv_R3HC, segments))
+    return out
+
+
+def _flash3(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from flash_attn_interface import flash_attn_varlen_func
+
+    starts, longest = _places(qkv_R3HC, segments)
+    return _first(flash_attn_varlen_func(*qkv_R3HC.unbind(1), starts, starts, longest, longest))
+
+
+def _flash4(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    starts, longest = _places(qkv_R3HC, segments)
+    return _first(
+        flash_attn_varlen_func(
+            *qkv_R3HC.unbind(1), cu_seqlens_q=starts, cu_seqlens_k=starts,
+            max_seqlen_q=longest, max_seqlen_k=longest,
+        )
+    )  # fmt: skip
+
+
+def _first(answer: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The output alone: some versions give the log-sum-exp with it."""
+    return answer[0] if isinstance(answer, tuple) else answer
+
+
+def _xformers(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = (t[None] for t in qkv_R3HC.unbind(1))
+    diagonal = _block_diagonal(tuple(segments), qkv_R3HC.device)
+    out: Tensor = memory_efficient_attention(q, k, v, attn_bias=diagonal)[0]
+    return out
+
+
+@lru_cache(maxsize=16)
+def _block_diagonal(segments: tuple[Segment, ...], device: torch.device) -> object:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [segment.length for segment in segments for _ in range(segment.count)]
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+ALL = (
+    Backend("sdpa", _by_segment(F.scaled_dot_product_attention), needs_cuda=False),
+    Backend("varlen", _varlen),
+    Backend("flash2", _flash2, "flash_attn.flash_attn_interface"),
+    Backend("flash3", _flash3, "flash_attn_interface", capability=(9, 0)),
+    Backend("flash4", _flash4, "flash_attn.cute", capability=(9, 0), channels=(8, 128, 8)),
+    Backend(
+        "xformers", _xformers, "xformers",
+        dtypes=(*_HALF, torch.float32), capability=(7, 0), channels=(8, 128, 8),
+    ),
+    Backend("math", _by_segment(_formula), needs_cuda=False),
+)  # fmt: skip
