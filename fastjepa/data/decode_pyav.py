@@ -1,8 +1,7 @@
 """Video clips by PyAV (FFmpeg) on the CPU: frames picked by timestamp, upright, RGB.
 
-Times count from the start of the stream. The frame of time t is the one on screen at t: the last
-whose timestamp is not later. So variable frame rates need no special care, and a time after the end
-shows the last frame.
+A frame is picked for being on screen at a time (frame_times.py), so variable frame rates need no
+special care.
 """
 
 import os
@@ -21,6 +20,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from fastjepa.data.decoder import MAX_PIXELS, DecodeError, FrameTransform, check_size
+from fastjepa.data.frame_times import clip_times, seconds_of
 from fastjepa.data.turn import turn_of, upright
 
 # Files may be named by strangers: nothing but local files is opened, whatever a playlist inside one
@@ -138,12 +138,11 @@ def _read_clip(
     transform: FrameTransform | None,
 ) -> NDArray[Any] | None:
     """The clip placed in `length` seconds, or None when the frames end before the clip does."""
-    start = start_fraction * max(0.0, length - frames / fps)
-    times = [start + i / fps for i in range(frames)]
+    times = clip_times(length, start_fraction, frames, fps)
     picture = _Picture(path, transform)
     picked: list[NDArray[Any]] = []
     last: _Shown | None = None
-    for shown in _frames_around(path, container, start):
+    for shown in _frames_around(path, container, times[0]):
         while last and len(picked) < frames and times[len(picked)] < shown.time:
             picked.append(picture.of(last))
         if len(picked) == frames:
@@ -192,9 +191,6 @@ def _decode(
     GOP).
     """
     tick, start = _tick(stream), stream.start_time or 0
-    # Timestamps are rounded to ticks (1 ms in Matroska): a frame may be marked up to half a tick
-    # late.
-    slack = min(tick / 2.0, 0.0005) + 1e-6
     rate = stream.average_rate or stream.guessed_rate
     usual = float(1 / rate) if rate else 0.04
     first = None
@@ -208,9 +204,10 @@ def _decode(
             if frame.is_corrupt or (after_seek and _before(frame, first)):
                 continue
             pts = frame.dts if frame.pts is None else frame.pts
-            time = end if pts is None else (pts - start) * tick
-            end = time + (frame.duration * tick if frame.duration else usual)
-            yield _Shown(time - slack, end, frame)
+            if pts is None:
+                pts = start + round(end / tick)
+            end = (pts - start) * tick + (frame.duration * tick if frame.duration else usual)
+            yield _Shown(seconds_of(pts, start, tick), end, frame)
 
 
 def _before(frame: VideoFrame, first: int | None) -> bool:
