@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.decoder import DecodeError, Frame, FrameTransform, check_size
+from fastjepa.data.storage import open_media
 
 # What Pillow's readers raise for broken files, besides OSError (which holds
 # UnidentifiedImageError).
@@ -29,7 +31,9 @@ _PILLOW_ERRORS = (
 )
 
 
-def decode_image(path: str, transform: FrameTransform | None = None) -> NDArray[Any]:
+def decode_image(
+    path: str, transform: FrameTransform | None = None, cache: Cache = DEFAULT
+) -> NDArray[Any]:
     """Read an image as a clip of one frame: uint8 [1, H, W, 3], or `transform` of it, stacked.
 
     EXIF orientation is applied, transparency laid over white, 16-bit grey brought to 8 bits by its
@@ -39,7 +43,7 @@ def decode_image(path: str, transform: FrameTransform | None = None) -> NDArray[
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with open_media(path, cache) as media, Image.open(media) as image:
                 check_size(path, image.height, image.width)
                 frame = _to_rgb(path, ImageOps.exif_transpose(image))
     except DecodeError:

@@ -6,9 +6,10 @@ special care.
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -19,13 +20,16 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.decoder import MAX_PIXELS, DecodeError, FrameTransform, check_size
 from fastjepa.data.frame_times import clip_times, seconds_of
+from fastjepa.data.storage import open_media
 from fastjepa.data.turn import turn_of, upright
 
 # Files may be named by strangers: nothing but local files is opened, whatever a playlist inside one
-# asks for.
-_OPTIONS = {"protocol_whitelist": "file"}
+# asks for; and nothing at all where the file itself is read through Python.
+_BY_NAME = {"protocol_whitelist": "file"}
+_THROUGH_PYTHON = {"protocol_whitelist": "none"}
 # Seconds to go back when the keyframe found lies after the wanted time (open GOPs, coarse indexes).
 _SEEK_MARGINS = (0.0, 2.0, 10.0)
 
@@ -45,6 +49,7 @@ def decode_clip(
     frames: int,
     fps: float,
     transform: FrameTransform | None = None,
+    cache: Cache = DEFAULT,
 ) -> NDArray[Any]:
     """Read `frames` frames, 1/fps s apart: uint8 [T, H, W, 3], or `transform` of each, stacked.
 
@@ -53,20 +58,28 @@ def decode_clip(
     frame is turned as the file's display matrix says and given to `transform` as uint8 [H, W, 3] at
     once, so big frames do not pile up.
 
+    `path` is any address of storage.py; remote files go through `cache`.
+
     Where a file holds less than its header says (cut off in transfer), the clip is placed in what
     is there; frames that do not decode are never replaced by others. Raises DecodeError when there
     is no such clip.
     """
     read = partial(
-        _read_clip, path, start_fraction=start_fraction, frames=frames, fps=fps, transform=transform
+        _read_clip,
+        path,
+        cache,
+        start_fraction=start_fraction,
+        frames=frames,
+        fps=fps,
+        transform=transform,
     )
     try:
-        with _open(path) as container:
-            length = _header_length(container, _video_stream(container, path))
+        with open_container(path, cache) as container:
+            length = _header_length(container, video_stream(container, path))
             clip = None if length is None else read(container, length=length)
         if clip is None:
-            length = _measured_length(path)
-            with _open(path) as container:
+            length = _measured_length(path, cache)
+            with open_container(path, cache) as container:
                 clip = read(container, length=length)
     except av.FFmpegError as error:
         raise DecodeError(path, f"cannot be decoded ({error.strerror})") from None
@@ -75,18 +88,32 @@ def decode_clip(
     return clip
 
 
-def _open(path: str) -> InputContainer:
-    """Open without reading a colon in the name as a protocol's."""
-    try:
-        return av.open(f"file:{path}", options=_OPTIONS, metadata_errors="replace")
-    except av.FFmpegError as error:
-        reason = f"cannot be opened ({error.strerror})"
-        if os.path.isfile(path) and os.path.getsize(path) == 0:
-            reason = "the file is empty"
-        raise DecodeError(path, reason, whole_file=True) from None
+@contextmanager
+def open_container(path: str, cache: Cache) -> Iterator[InputContainer]:
+    """Open a media file wherever it is. Raises DecodeError."""
+    with open_media(path, cache) as media:
+        # The prefix keeps a colon in the name from being read as a protocol's.
+        file, options = (
+            (f"file:{media}", _BY_NAME) if isinstance(media, str) else (media, _THROUGH_PYTHON)
+        )
+        try:
+            container = av.open(file, "r", options=options, metadata_errors="replace")
+        except av.FFmpegError as error:
+            reason = f"cannot be opened ({error.strerror})"
+            if _is_empty(media):
+                reason = "the file is empty"
+            raise DecodeError(path, reason, whole_file=True) from None
+        with container:
+            yield container
 
 
-def _video_stream(container: InputContainer, path: str) -> VideoStream:
+def _is_empty(media: str | BinaryIO) -> bool:
+    if isinstance(media, str):
+        return os.path.isfile(media) and os.path.getsize(media) == 0
+    return media.seek(0, os.SEEK_END) == 0
+
+
+def video_stream(container: InputContainer, path: str) -> VideoStream:
     """The first video stream that is not a cover picture, ready to decode with one thread."""
     for stream in container.streams.video:
         if not stream.disposition & Disposition.attached_pic:
@@ -109,10 +136,10 @@ def _header_length(container: InputContainer, stream: VideoStream) -> float | No
     return None if container.duration is None else container.duration / av.time_base
 
 
-def _measured_length(path: str) -> float:
+def _measured_length(path: str, cache: Cache) -> float:
     """Seconds of video by the packets that are there; nothing is decoded."""
-    with _open(path) as container:
-        stream = _video_stream(container, path)
+    with open_container(path, cache) as container:
+        stream = video_stream(container, path)
         tick, start = _tick(stream), stream.start_time or 0
         end = 0.0
         try:
@@ -129,6 +156,7 @@ def _measured_length(path: str) -> float:
 
 def _read_clip(
     path: str,
+    cache: Cache,
     container: InputContainer,
     *,
     length: float,
@@ -142,7 +170,7 @@ def _read_clip(
     picture = _Picture(path, transform)
     picked: list[NDArray[Any]] = []
     last: _Shown | None = None
-    for shown in _frames_around(path, container, times[0]):
+    for shown in _frames_around(path, cache, container, times[0]):
         while last and len(picked) < frames and times[len(picked)] < shown.time:
             picked.append(picture.of(last))
         if len(picked) == frames:
@@ -157,12 +185,14 @@ def _read_clip(
     return np.stack(picked)
 
 
-def _frames_around(path: str, container: InputContainer, time: float) -> Iterator[_Shown]:
+def _frames_around(
+    path: str, cache: Cache, container: InputContainer, time: float
+) -> Iterator[_Shown]:
     """Frames in order of time, from one shown at `time` or before (or the first) to the last.
 
     `container` stands at its start.
     """
-    stream = _video_stream(container, path)
+    stream = video_stream(container, path)
     if time <= 0.0 or stream.start_time is None:
         yield from _decode(container, stream, after_seek=False)
         return
@@ -178,8 +208,8 @@ def _frames_around(path: str, container: InputContainer, time: float) -> Iterato
             yield first
             yield from shown
             return
-    with _open(path) as fresh:
-        yield from _decode(fresh, _video_stream(fresh, path), after_seek=False)
+    with open_container(path, cache) as fresh:
+        yield from _decode(fresh, video_stream(fresh, path), after_seek=False)
 
 
 def _decode(

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fastjepa.data.manifest import Kind
+from fastjepa.data.files import Kind
 
 # The largest picture that is decoded: 8192 x 8192, above 8K video (7680 x 4320). Larger headers are
 # refused unread.

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from fastjepa.data.batch import BatchSource
 from fastjepa.data.decoder import FrameTransform
+from fastjepa.data.files import Entry, Kind
 from fastjepa.data.loader import Loader
-from fastjepa.data.manifest import Entry, Kind
 from fastjepa.data.numbered import NumberedVideo, read_number
 
 # Files keep times in ticks of up to a millisecond: this near to a change, either frame is right.

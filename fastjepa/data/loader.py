@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from fastjepa.data.batch import Batch
 from fastjepa.data.clip_source import ClipSource
 from fastjepa.data.decoder import ClipDecoder
-from fastjepa.data.manifest import Entry
+from fastjepa.data.files import Entry
 from fastjepa.data.media import decode_media
 from fastjepa.data.mixture import Mixture
 from fastjepa.data.quarantine import Quarantine, TooManyBadFiles

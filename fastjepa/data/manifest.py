@@ -17,9 +17,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
 
-Kind = Literal["video", "image"]
+from fastjepa.data.files import KINDS, Entry, Kind
 
 VIDEO_EXTENSIONS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
@@ -33,14 +32,6 @@ COLUMNS = ("path", "weight", "kind")
 
 class ManifestError(ValueError):
     """The manifest cannot be used; the message names the file, the place and what fits."""
-
-
-class Entry(NamedTuple):
-    """One media file: where it is, what it is, and its weight within its data set."""
-
-    path: str
-    kind: Kind
-    weight: float = 1.0
 
 
 def kind_of(path: str | Path) -> Kind | None:
@@ -236,13 +227,13 @@ def _entry(row: Mapping[str, object], place: Path, where: str) -> Entry:
     if not isinstance(path, str) or not path:
         raise ManifestError(f"{place}, {where}: path is {path!r}, expected a file's path")
     kind = row.get("kind") or kind_of(path)
-    if kind not in get_args(Kind):
+    if kind not in KINDS:
         raise ManifestError(
             f"{place}, {where}: {path!r} is of kind {kind!r}, expected 'video' or 'image' "
             "(by its extension, or in a column 'kind')"
         )
     full = os.path.join(place.parent, os.path.expanduser(path))
-    return Entry(full, cast(Kind, kind), _weight(row.get("weight"), place, where))
+    return Entry(full, kind, _weight(row.get("weight"), place, where))
 
 
 def _weight(value: object, place: Path, where: str) -> float:

@@ -8,10 +8,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastjepa.data.augment import resize_for_features
+from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.decode_image import decode_image
 from fastjepa.data.decode_pyav import decode_clip
 from fastjepa.data.decoder import DecodeError, Frame, FrameTransform
-from fastjepa.data.manifest import Kind, kind_of
+from fastjepa.data.files import Kind
+from fastjepa.data.manifest import kind_of
 
 
 def decode_media(
@@ -22,11 +24,12 @@ def decode_media(
     frames: int,
     fps: float,
     transform: FrameTransform | None = None,
+    cache: Cache = DEFAULT,
 ) -> NDArray[Any]:
     """Read a clip of a video, or an image shown for the whole clip (see `ClipDecoder`)."""
     if kind == "image":
-        return np.repeat(decode_image(path, transform), frames, axis=0)
-    return decode_clip(path, start_fraction, frames, fps, transform)
+        return np.repeat(decode_image(path, transform, cache), frames, axis=0)
+    return decode_clip(path, start_fraction, frames, fps, transform, cache)
 
 
 def load_for_features(

@@ -46,7 +46,7 @@ KNOW_THE_RECIPE = {
 
 # Optional or heavy: in one place, and only when called.
 HEAVY = ("deepspeed", "nvidia", "wandb", "matplotlib", "transformers", "triton", "flash_attn",
-         "pyarrow", "psutil", "torch.utils.tensorboard", "sklearn")  # fmt: skip
+         "pyarrow", "psutil", "torch.utils.tensorboard", "sklearn", "fsspec")  # fmt: skip
 
 
 def sources() -> Iterator[tuple[str, Path]]:
