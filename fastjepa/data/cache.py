@@ -100,7 +100,8 @@ class Cache:
                     if place.exists():
                         return True
                     if self._copied(handle, remote):
-                        os.replace(partial, place)
+                        with self._ledger():  # who counts files meanwhile would miss it
+                            os.replace(partial, place)
                         done = True
                 finally:
                     if not done:
@@ -126,9 +127,7 @@ class Cache:
 
     def _reserve(self, descriptor: int, size: int) -> bool:
         """Give the file its size ahead, so that all processes count it."""
-        with open(self.folder / _LEDGER, "a+b") as ledger:
-            fcntl.flock(ledger, fcntl.LOCK_EX)
-            ledger.seek(0)
+        with self._ledger() as ledger:
             text = ledger.read()
             total = int(text) if text.isdigit() else self.limit
             if total + size > self.limit:
@@ -139,6 +138,14 @@ class Cache:
             ledger.truncate(0)
             ledger.write(b"%d" % (total + size * fits))
         return fits
+
+    @contextmanager
+    def _ledger(self) -> Iterator[BinaryIO]:
+        """The ledger, locked: files get their size or their final name, or go, only meanwhile."""
+        with open(self.folder / _LEDGER, "a+b") as ledger:
+            fcntl.flock(ledger, fcntl.LOCK_EX)
+            ledger.seek(0)
+            yield ledger
 
     def _make_room(self, size: int) -> int:
         """Remove what was not used for longest, a tenth at least; the bytes that are left."""
