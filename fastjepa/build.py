@@ -6,6 +6,7 @@ reads it.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from fastjepa.checkpoint import claim_run_folder
 from fastjepa.checkpoint.durable import write_text
 from fastjepa.config.load import dump_recipe
-from fastjepa.config.resolve import Resolved, Stream, resolve
+from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import MaskGroup, Recipe, Source
+from fastjepa.config.streams import Modality, Stream
 from fastjepa.data.loader import Loader
-from fastjepa.data.manifest import read_manifest
+from fastjepa.data.manifest import Entry, read_manifest
 from fastjepa.data.quarantine import Quarantine
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
@@ -27,7 +29,7 @@ from fastjepa.observe.console import Console
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.loop import Trainer
-from fastjepa.train.plan import Modality, StepPlan
+from fastjepa.train.plan import StepPlan
 from fastjepa.train.state import load_initial, resume
 from fastjepa.train.step import Jepa
 
@@ -46,8 +48,12 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     device = device_of(recipe.engine.device)
-    streams = _streams(resolved)
-    loaders = {m: _loader(recipe, m, stream, device) for m, stream in streams.items()}
+    streams = resolved.streams
+    datasets = {s.modality: _datasets(recipe, s.modality) for s in streams.values()}
+    loaders = {
+        name: _loader(recipe, stream, datasets[stream.modality], device)
+        for name, stream in streams.items()
+    }
     _claim(recipe, resolved, console)
 
     torch.manual_seed(recipe.run.seed)
@@ -85,9 +91,13 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         quarantine=Quarantine(
             folder / "quarantine.jsonl",
             recipe.data.max_bad_share,
-            sum(loader.num_files for loader in loaders.values()),
+            sum(
+                {
+                    streams[name].modality: loader.num_files for name, loader in loaders.items()
+                }.values()
+            ),
         ),
-        tokens={m: stream.tokens for m, stream in streams.items()},
+        tokens={name: stream.tokens for name, stream in streams.items()},
         folder=folder,
         facts={"model": encoder_sizes(recipe, resolved), "predictor": asdict(resolved.predictor)},
         console=console,
@@ -158,51 +168,45 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
     return Jepa(encoder, predictor, target, objective, levels, levels)
 
 
-def mask_maker(recipe: Recipe, modality: Modality, stream: Stream) -> MaskMaker:
-    """The masks of one modality's batches."""
-    groups: tuple[MaskGroup, ...] = getattr(recipe.masks, modality)
+def mask_maker(recipe: Recipe, stream: Stream) -> MaskMaker:
+    """The masks of one stream's batches."""
+    groups: tuple[MaskGroup, ...] = getattr(recipe.masks, stream.modality)
     return MaskMaker(
         groups=tuple(Blocks(**group.model_dump()) for group in groups),
         grid=stream.grid,
         batch=stream.clips,
         seed=recipe.run.seed,
-        stream=_stream_number(modality),
+        stream=stream.number,
         weigh=recipe.objective.dense and recipe.objective.distance_weights,
         offset=recipe.objective.offset,
     )
 
 
-def _streams(resolved: Resolved) -> dict[Modality, Stream]:
-    both: tuple[tuple[Modality, Stream | None], ...] = (
-        ("video", resolved.video),
-        ("image", resolved.image),
-    )
-    return {modality: stream for modality, stream in both if stream is not None}
+Datasets = list[tuple[Sequence[Entry], float]]
 
 
-def _stream_number(modality: Modality) -> int:
-    """Videos and images draw from random streams of their own."""
-    return ("video", "image").index(modality)
+def _datasets(recipe: Recipe, modality: Modality) -> Datasets:
+    sources: tuple[Source, ...] = getattr(recipe.data, modality)
+    return [(read_manifest(source.path), source.weight) for source in sources]
 
 
-def _loader(recipe: Recipe, modality: Modality, stream: Stream, device: torch.device) -> Loader:
+def _loader(recipe: Recipe, stream: Stream, datasets: Datasets, device: torch.device) -> Loader:
     data = recipe.data
-    sources: tuple[Source, ...] = getattr(data, modality)
     return Loader(
-        datasets=[(read_manifest(source.path), source.weight) for source in sources],
+        datasets=datasets,
         batch=stream.clips,
         frames=stream.frames,
-        fps=data.fps,
+        fps=stream.fps,
         crop=stream.crop,
         scale=data.augment.scale,
         aspect=data.augment.aspect,
         flip=data.augment.flip,
         seed=recipe.run.seed,
-        stream=_stream_number(modality),
+        stream=stream.number,
         workers=data.workers,
         prefetch=data.prefetch,
         max_bad_share=data.max_bad_share,
-        extras=mask_maker(recipe, modality, stream),
+        extras=mask_maker(recipe, stream),
         pin_memory=device.type == "cuda",
     )
 
@@ -224,8 +228,8 @@ def _plan(recipe: Recipe, resolved: Resolved) -> StepPlan:
         steps=resolved.steps,
         accumulate=optim.accumulate,
         mix=recipe.data.mix,
-        image_share=resolved.image_share,
-        context_weights={m: stream.context_weight for m, stream in _streams(resolved).items()},
+        shares={name: stream.share for name, stream in resolved.streams.items()},
+        context_weights={name: one.context_weight for name, one in resolved.streams.items()},
         ramp=resolved.ramp,
         shape=optim.schedule,
         start_lr=optim.start_lr,

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, replace
 
 from fastjepa.build import encoder_sizes, mask_maker
-from fastjepa.config.resolve import Resolved, Stream
+from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
+from fastjepa.config.streams import Stream
 from fastjepa.masking.batch import mean_counts
 from fastjepa.observe.flops import (
     EncoderNumbers,
@@ -23,7 +24,6 @@ from fastjepa.observe.flops import (
     step_flops,
 )
 from fastjepa.observe.footprint import Footprint, step_footprint
-from fastjepa.train.plan import Modality
 
 # Steps whose masks are drawn for the mean token counts.
 DRAWN_STEPS = 8
@@ -31,7 +31,7 @@ DRAWN_STEPS = 8
 
 @dataclass(frozen=True)
 class Part:
-    """One modality's forward and backward: mean tokens a clip by mask group, and their cost.
+    """One stream's forward and backward: mean tokens a clip by mask group, and their cost.
 
     `passes` is how many of them an optimizer step holds, on average where steps alternate.
     """
@@ -47,13 +47,13 @@ class Part:
 class Estimate:
     """Parameters, and what a step costs: `flops` of an optimizer step, `memory` in bytes.
 
-    `memory` is the larger of the two modalities': they run one after the other.
+    `parts` has the streams by name; `memory` is the largest of theirs: they run one after the
+    other.
     """
 
     encoder_parameters: int
     predictor_parameters: int
-    video: Part | None
-    image: Part | None
+    parts: dict[str, Part]
     flops: float
     memory: Footprint
 
@@ -76,10 +76,8 @@ def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
         mask_tokens=model.predictor.mask_tokens,
     )  # fmt: skip
 
-    def part(modality: Modality, stream: Stream | None) -> Part | None:
-        if stream is None:
-            return None
-        maker = replace(mask_maker(recipe, modality, stream), weigh=False)
+    def part(stream: Stream) -> Part:
+        maker = replace(mask_maker(recipe, stream), weigh=False)
         counts = mean_counts(maker, range(DRAWN_STEPS))
         context, predicted = tuple(c for c, _ in counts), tuple(p for _, p in counts)
         tokens = TokenNumbers(
@@ -107,14 +105,12 @@ def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
             ),
         )
 
-    video, image = part("video", resolved.video), part("image", resolved.image)
-    parts = [p for p in (video, image) if p]
+    parts = {name: part(stream) for name, stream in resolved.streams.items()}
     every_norm = len(encoder_sizes(recipe, resolved)["levels"])
     return Estimate(
         encoder_parameters(replace(encoder, levels=every_norm)),
         predictor_parameters(predictor),
-        video,
-        image,
-        math.fsum(p.passes * p.flops.total for p in parts),
-        max((p.memory for p in parts), key=lambda memory: memory.total),
+        parts,
+        math.fsum(p.passes * p.flops.total for p in parts.values()),
+        max((p.memory for p in parts.values()), key=lambda memory: memory.total),
     )

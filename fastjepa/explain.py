@@ -15,8 +15,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fastjepa.config.resolve import Resolved, Stream
+from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import MaskGroup, Recipe, Source
+from fastjepa.config.streams import Stream
 from fastjepa.estimate import DRAWN_STEPS, Estimate, Part, estimate
 from fastjepa.optim.schedules import ema_momentum, learning_rate, weight_decay
 
@@ -36,12 +37,10 @@ def explain(recipe: Recipe, resolved: Resolved) -> list[Section]:
     """
     numbers = estimate(recipe, resolved)
     sections = [("Model", _model(recipe, resolved, numbers))]
-    for title, stream, groups, part in (
-        ("Video", resolved.video, recipe.masks.video, numbers.video),
-        ("Images", resolved.image, recipe.masks.image, numbers.image),
-    ):
-        if stream and part:
-            sections.append((title, _stream(recipe, stream, groups, part)))
+    for name, stream in resolved.streams.items():
+        groups: tuple[MaskGroup, ...] = getattr(recipe.masks, stream.modality)
+        rows = _stream(stream, groups, numbers.parts[name])
+        sections.append((_called(name).capitalize(), rows))
     sections += [
         ("Objective", _objective(recipe, resolved)),
         ("Schedule", _schedule(recipe, resolved)),
@@ -117,11 +116,15 @@ def _model(recipe: Recipe, resolved: Resolved, numbers: Estimate) -> Rows:
     yield "parameters of the target", f"{_count(numbers.encoder_parameters)}, not trained"
 
 
-def _stream(recipe: Recipe, stream: Stream, groups: Sequence[MaskGroup], part: Part) -> Rows:
+def _called(stream: str) -> str:
+    return "images" if stream == "image" else stream
+
+
+def _stream(stream: Stream, groups: Sequence[MaskGroup], part: Part) -> Rows:
     time, height, width = stream.grid
     pixels = f"{stream.crop} x {stream.crop} px"
     if stream.frames > 1:
-        fps = recipe.data.fps
+        fps = stream.fps
         yield (
             "clip",
             f"{stream.frames} frames at {fps:g} fps ({stream.frames / fps:.3g} s), {pixels}",
@@ -209,32 +212,32 @@ def _schedule(recipe: Recipe, resolved: Resolved) -> Rows:
 
 
 def _optimizer_step(recipe: Recipe, resolved: Resolved) -> Rows:
-    streams = [s for s in (resolved.video, resolved.image) if s]
-    mixed = len(streams) == 2
+    names = list(resolved.streams)
+    mixed = len(names) > 1
     if mixed and recipe.data.mix == "alternate":
-        yield (
-            "mix",
-            f"alternate: {resolved.image_share:.3g} of the steps on images, the others on videos",
-        )
+        first, *others = names
+        shares = ", ".join(f"{resolved.streams[n].share:.3g} on {_called(n)}" for n in others)
+        yield "mix", f"alternate: of the steps {shares}, the rest on {_called(first)}"
     elif mixed:
-        yield "mix", "accumulate: a video and an image batch in each step"
+        yield "mix", f"accumulate: a batch each of {', '.join(map(_called, names))} in each step"
     if recipe.optim.accumulate > 1:
         yield "accumulate", f"{recipe.optim.accumulate} micro-batches of each"
-    unit = "clips and images" if mixed else "images" if resolved.image else "clips"
+    kinds = [("clips", resolved.video), ("images", resolved.image)]
+    unit = " and ".join(kind for kind, stream in kinds if stream)
     mean = " on average" if mixed and recipe.data.mix == "alternate" else ""
     yield f"{unit} a step", f"{resolved.clips_per_step:,.6g}{mean}"
     yield f"{unit} in all", f"{resolved.clips_per_step * resolved.steps:,.0f}"
 
 
 def _compute(numbers: Estimate, steps: int) -> Rows:
-    for name, part in (("video", numbers.video), ("images", numbers.image)):
-        if part:
-            for kind in ("target", "context", "predictor", "loss"):
-                yield (
-                    f"{name}: {kind}",
-                    _scaled(part.passes * getattr(part.flops, kind).total, "FLOP"),
-                )
-            yield f"{name}: together", _scaled(part.passes * part.flops.total, "FLOP")
+    for stream, part in numbers.parts.items():
+        name = _called(stream)
+        for kind in ("target", "context", "predictor", "loss"):
+            yield (
+                f"{name}: {kind}",
+                _scaled(part.passes * getattr(part.flops, kind).total, "FLOP"),
+            )
+        yield f"{name}: together", _scaled(part.passes * part.flops.total, "FLOP")
     yield "a step", _scaled(numbers.flops, "FLOP")
     yield "the run", _scaled(numbers.flops * steps, "FLOP")
 
@@ -265,7 +268,12 @@ def _data(recipe: Recipe, resolved: Resolved) -> Rows:
         if stream:
             yield from _sources(name, sources)
     workers = recipe.data.workers
-    yield "workers", f"{workers} a modality" if workers else "none: read in the trainer"
+    yield (
+        "workers",
+        f"{workers} for each of {', '.join(map(_called, resolved.streams))}"
+        if workers
+        else "none: read in the trainer",
+    )
 
 
 def _sources(name: str, sources: Sequence[Source]) -> Iterator[tuple[str, str]]:

@@ -9,22 +9,22 @@ from fastjepa.features.pca import Palette, colour_spread, picture, sheet
 from fastjepa.observe.plots import loss_curve
 from fastjepa.train.loop import Trainer
 
-CAPTIONS = {"video": "clip", "image": "image"}
-
 
 @torch.no_grad()
 def draw(trainer: Trainer) -> list[tuple[Path, str]]:
     """Write `features.png` and `loss.png` into the run's folder; returns each with a line about it.
 
     The features are the target encoder's last level (the EMA, which is what a run is for) on the
-    first clip and the first image of the run's own data.
+    first clip of each length and the first image of the run's own data.
     """
     pictures, spreads = [], []
-    for modality in trainer.loaders:
-        clip = trainer.probe_clip(modality)
+    for stream in trainer.loaders:
+        clip = trainer.probe_clip(stream)
         features = trainer.jepa.target.features(normalise(clip))[0][0].cpu()
         palette = Palette.fit(features)
-        pictures.append(picture(clip[0].cpu(), features, palette=palette, title=CAPTIONS[modality]))
+        pictures.append(
+            picture(clip[0].cpu(), features, palette=palette, title=_caption(clip.shape[2]))
+        )
         spreads.append(colour_spread(palette.colours(features)))
     features_png, loss_png = trainer.folder / "features.png", trainer.folder / "loss.png"
     sheet(pictures).save(features_png)
@@ -36,3 +36,7 @@ def draw(trainer: Trainer) -> list[tuple[Path, str]]:
         ),
         (loss_png, "loss curve"),
     ]
+
+
+def _caption(frames: int) -> str:
+    return "image" if frames == 1 else f"clip of {frames} frames"

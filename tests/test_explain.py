@@ -68,10 +68,9 @@ def test_token_counts_are_means_over_the_masks_of_the_run() -> None:
     recipe = demo()
     resolved = resolve(recipe)
     assert resolved.video is not None
-    maker = mask_maker(recipe, "video", resolved.video)
+    maker = mask_maker(recipe, resolved.video)
     drawn = [maker(step) for step in range(DRAWN_STEPS)]
-    video = costs().video
-    assert video is not None
+    video = costs().parts["video"]
     for group in range(2):
         context = [masks.context[group].shape[1] for masks in drawn]
         assert video.context[group] == pytest.approx(sum(context) / len(context))
@@ -83,30 +82,25 @@ def test_token_counts_are_means_over_the_masks_of_the_run() -> None:
 
 def test_a_complement_of_every_token_still_fits_the_grid() -> None:
     group = "{num_blocks: 2, spatial_scale: [0.3, 0.5], full_complement: true}"
-    video = costs(f"masks.video=[{group}]").video
-    assert video is not None
+    video = costs(f"masks.video=[{group}]").parts["video"]
     assert video.context[0] + video.predicted[0] == pytest.approx(196)
 
 
 def test_operations_follow_mix_and_accumulation() -> None:
     alternate, both = costs("data.mix=alternate"), costs("data.mix=accumulate")
-    assert alternate.video is not None
-    assert alternate.image is not None
-    video, image = alternate.video.flops.total, alternate.image.flops.total
+    video, image = (alternate.parts[name].flops.total for name in ("video", "image"))
     assert alternate.flops == pytest.approx(0.75 * video + 0.25 * image)
     assert both.flops == pytest.approx(video + image)
     assert costs("optim.accumulate=3").flops == pytest.approx(3 * alternate.flops)
     only = costs("data.image=[]")
-    assert only.image is None
-    assert only.video is not None
-    assert only.flops == only.video.flops.total
+    assert only.flops == only.parts.pop("video").flops.total
+    assert not only.parts
 
 
 def test_memory_is_the_larger_part_and_follows_the_recipe() -> None:
     numbers = costs()
-    assert numbers.video is not None
-    assert numbers.image is not None
-    assert numbers.memory == max(numbers.video.memory, numbers.image.memory, key=lambda m: m.total)
+    parts = (part.memory for part in numbers.parts.values())
+    assert numbers.memory == max(parts, key=lambda memory: memory.total)
     trained = numbers.encoder_parameters + numbers.predictor_parameters
     assert numbers.memory.optimizer == 8 * trained
     activations = numbers.memory.activations
@@ -176,7 +170,7 @@ def test_json_holds_plain_numbers() -> None:
     recipe = demo()
     tree = json.loads(as_json(recipe, resolve(recipe)))
     assert tree["recipe"]["train"]["steps"] == 300
-    assert tree["resolved"]["video"]["tokens"] == 196
+    assert tree["resolved"]["streams"]["video"]["tokens"] == 196
     assert tree["estimate"]["encoder_parameters"] == costs().encoder_parameters
     assert math.isclose(tree["estimate"]["flops"], costs().flops)
-    assert tree["estimate"]["video"]["memory"]["weights"] == costs().memory.weights
+    assert tree["estimate"]["parts"]["video"]["memory"]["weights"] == costs().memory.weights

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fastjepa.config.errors import RecipeError
-from fastjepa.config.schema import Data, Duration, MaskGroup, Model, Objective, Optim, Recipe
+from fastjepa.config.schema import Duration, Model, Objective, Optim, Recipe
+from fastjepa.config.streams import Stream, streams_of
 from fastjepa.presets import PRESETS, EncoderSize, default_levels
 
 SMALLEST_HEAD = (
@@ -28,26 +29,11 @@ class PredictorSize:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One modality as the model sees it: clips of `frames` x `crop` x `crop` pixels in tokens.
-
-    `grid` is (T', H', W'), `tokens` their product, `clips` the batch of one forward, `share`
-    the modality's weight in an update, `context_weight` the final lambda of its context loss.
-    """
-
-    frames: int
-    crop: int
-    grid: tuple[int, int, int]
-    tokens: int
-    clips: int
-    share: float
-    context_weight: float
-
-
-@dataclass(frozen=True)
 class Resolved:
-    """What a recipe comes to. Steps are optimizer steps; None for a modality without data.
+    """What a recipe comes to. Steps are optimizer steps.
 
+    `streams` are the kinds of clips by name, in the order in which a step takes them: `video`,
+    those of `data.lengths`, `image`; without those that have no data or no share.
     `encoder.levels` are the supervised blocks (0-based) and `level_weights` their weights, sum 1;
     `norm_levels` are all blocks with a norm of their own, supervised or not.
     `clips_per_step` counts clips and images, on average where steps alternate. `ramp` is (start,
@@ -58,9 +44,7 @@ class Resolved:
     norm_levels: tuple[int, ...]
     predictor: PredictorSize
     level_weights: tuple[float, ...]
-    video: Stream | None
-    image: Stream | None
-    image_share: float
+    streams: dict[str, Stream]
     clips_per_step: float
     steps: int
     warmup: int
@@ -70,6 +54,21 @@ class Resolved:
     momentum: float
     final_momentum: float
     notes: tuple[str, ...]
+
+    @property
+    def video(self) -> Stream | None:
+        """Clips of `data.frames`, if videos are read."""
+        return self.streams.get("video")
+
+    @property
+    def image(self) -> Stream | None:
+        """Images, if they are read."""
+        return self.streams.get("image")
+
+    @property
+    def image_share(self) -> float:
+        """The images' weight in an update."""
+        return 0.0 if self.image is None else self.image.share
 
 
 def resolve(recipe: Recipe) -> Resolved:
@@ -83,23 +82,18 @@ def resolve(recipe: Recipe) -> Resolved:
     if not recipe.objective.deep:
         encoder = replace(encoder, levels=norm_levels[-1:])
     predictor = _predictor(recipe.model)
-    share = _image_share(data)
-    video, image = _streams(recipe, share)
-    _check_masks(recipe, video, image)
+    streams = streams_of(recipe)
     warmup, horizon = _learning_rate(recipe.optim, steps)
     momentum = _momentum(recipe.optim, steps)
     final_momentum = recipe.optim.ema.final_momentum
-    streams = [stream for stream in (video, image) if stream]
     alternate = data.mix == "alternate"
-    clips = math.fsum(s.clips * (s.share if alternate else 1.0) for s in streams)
+    clips = math.fsum(s.clips * (s.share if alternate else 1.0) for s in streams.values())
     resolved = Resolved(
         encoder=encoder,
         norm_levels=norm_levels,
         predictor=predictor,
         level_weights=_level_weights(recipe.objective, len(encoder.levels)),
-        video=video,
-        image=image,
-        image_share=share,
+        streams=streams,
         clips_per_step=clips * recipe.optim.accumulate,
         steps=steps,
         warmup=warmup,
@@ -182,72 +176,6 @@ def _level_weights(objective: Objective, count: int) -> tuple[float, ...]:
     return tuple(weight / total for weight in weights)
 
 
-def _image_share(data: Data) -> float:
-    """Share of images in an update: as given, or 0 or 1 when only one modality has data."""
-    if not data.video and not data.image:
-        raise RecipeError(
-            "data.video: no data: data.video and data.image are both empty; give a path to one"
-        )
-    if not data.image:
-        return 0.0
-    return data.image_share if data.video else 1.0
-
-
-def _streams(recipe: Recipe, image_share: float) -> tuple[Stream | None, Stream | None]:
-    data, patch, tubelet = recipe.data, recipe.model.patch, recipe.model.tubelet
-    _check_multiple("data.frames", data.frames, "model.tubelet", tubelet)
-    _check_multiple("data.crop", data.crop, "model.patch", patch)
-    if data.image_crop is not None:
-        _check_multiple("data.image_crop", data.image_crop, "model.patch", patch)
-    if data.frames == 1 and image_share < 1.0:
-        raise RecipeError("data.frames: 1 is an image to the tokenizer; expected at least 2")
-
-    def stream(frames: int, time: int, crop: int, clips: int, share: float, lamb: float) -> Stream:
-        grid = (time, crop // patch, crop // patch)
-        context_weight = lamb if recipe.objective.dense else 0.0
-        return Stream(frames, crop, grid, math.prod(grid), clips, share, context_weight)
-
-    weight = recipe.objective.context_weight
-    video = image = None
-    if image_share < 1.0:
-        time, share = data.frames // tubelet, 1.0 - image_share
-        video = stream(data.frames, time, data.crop, data.batch, share, weight.video)
-    if image_share > 0.0:
-        crop = data.crop if data.image_crop is None else data.image_crop
-        image = stream(1, 1, crop, data.image_batch, image_share, weight.image)
-    return video, image
-
-
-def _check_multiple(key: str, value: int, of_key: str, of: int) -> None:
-    if value % of:
-        below = value // of * of
-        fits = f"{below} or {below + of}" if below else f"{of}"
-        raise RecipeError(f"{key}: {value} is no multiple of {of_key} {of}; {fits} would be")
-
-
-def _check_masks(recipe: Recipe, video: Stream | None, image: Stream | None) -> None:
-    if video:
-        for index, group in enumerate(recipe.masks.video):
-            _check_group(f"masks.video.{index}", group, video.grid)
-    if image:
-        for index, group in enumerate(recipe.masks.image):
-            _check_group(f"masks.image.{index}", group, image.grid)
-
-
-def _check_group(key: str, group: MaskGroup, grid: tuple[int, int, int]) -> None:
-    time, height, width = grid
-    if int(height * width * group.spatial_scale[0]) < 1:
-        raise RecipeError(
-            f"{key}.spatial_scale: {list(group.spatial_scale)} of {height}x{width} tokens "
-            f"can be none; expected at least {1 / (height * width):.3g}"
-        )
-    if int(time * group.max_temporal_keep) < 1:
-        raise RecipeError(
-            f"{key}.max_temporal_keep: {group.max_temporal_keep} of {time} steps in time "
-            f"keeps none; expected at least {1 / time:.3g}"
-        )
-
-
 def _ramp(objective: Objective, steps: int) -> tuple[int, int] | None:
     if objective.ramp is None or not objective.dense:
         return None
@@ -301,6 +229,8 @@ def _notes(recipe: Recipe, resolved: Resolved) -> Iterator[str]:
     elif resolved.video is None or resolved.image is None:
         unread = "data.video" if resolved.video is None else "data.image"
         yield f"{unread} is not read: data.image_share is {data.image_share:g}"
+    if data.lengths and resolved.video is None:
+        yield "no videos are read, so data.lengths has no effect"
     if resolved.ramp and resolved.ramp[1] > steps:
         reached = "starts" if resolved.ramp[0] >= steps else "has its full weight"
         at = resolved.ramp[0] if resolved.ramp[0] >= steps else resolved.ramp[1]

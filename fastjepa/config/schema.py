@@ -114,6 +114,16 @@ class Augment(Section):
         return self
 
 
+class Length(Section):
+    """Clips of another length: `share` is their part of the videos' weight in an update."""
+
+    frames: Positive
+    batch: Positive
+    share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    fps: Annotated[float, Field(gt=0.0)] | None = None
+    crop: Positive | None = None
+
+
 class Data(Section):
     video: Sources = ()
     image: Sources = ()
@@ -122,6 +132,7 @@ class Data(Section):
     crop: Positive = 256
     image_crop: Positive | None = None
     batch: Positive = 24
+    lengths: tuple[Length, ...] = ()
     image_batch: Positive = 72
     image_share: Share = 0.5
     mix: Literal["alternate", "accumulate"] = "accumulate"

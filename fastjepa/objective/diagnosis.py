@@ -44,9 +44,10 @@ History = Sequence[Mapping[str, float]]
 def diagnose(metrics_history: History, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> list[str]:
     """What is wrong at the end of a run's logged metrics (oldest first), a sentence each.
 
-    Only logged steps of the last one's modality (`image_share` 0, 1 or mixed) are compared, and a
-    metric that is missing is not judged. Nothing is compared before twice `recent` logged steps,
-    and partial collapse, which early learning resembles, not before twice `window`.
+    Only logged steps of the last one's streams (its `loss/STREAM`, as steps that alternate have)
+    are compared, and a metric that is missing is not judged. Nothing is compared before twice
+    `recent` logged steps, and partial collapse, which early learning resembles, not before twice
+    `window`.
     """
     return list(_findings(metrics_history, thresholds).values())
 
@@ -59,22 +60,22 @@ class HealthWatch:
 
     def __init__(self, thresholds: Thresholds = DEFAULT_THRESHOLDS) -> None:
         self._thresholds = thresholds
-        self._first: dict[int, list[dict[str, float]]] = {}
-        self._last: dict[int, deque[dict[str, float]]] = {}
-        self._standing: dict[int, set[str]] = {}
+        self._first: dict[frozenset[str], list[dict[str, float]]] = {}
+        self._last: dict[frozenset[str], deque[dict[str, float]]] = {}
+        self._standing: dict[frozenset[str], set[str]] = {}
 
     def update(self, metrics: Mapping[str, float]) -> list[str]:
         """Take one logged step; return the warnings that are new with it."""
-        kind = _modality(metrics)
-        first = self._first.setdefault(kind, [])
-        last = self._last.setdefault(kind, deque(maxlen=2 * self._thresholds.window))
+        streams = _streams(metrics)
+        first = self._first.setdefault(streams, [])
+        last = self._last.setdefault(streams, deque(maxlen=2 * self._thresholds.window))
         if len(first) < self._thresholds.recent:
             first.append(dict(metrics))
         else:
             last.append(dict(metrics))
         found = _findings([*first, *last], self._thresholds)
-        standing = self._standing.get(kind, set())
-        self._standing[kind] = set(found)
+        standing = self._standing.get(streams, set())
+        self._standing[streams] = set(found)
         return [words for key, words in found.items() if key not in standing]
 
 
@@ -82,8 +83,8 @@ def _findings(history: History, limits: Thresholds) -> dict[str, str]:
     """Warnings under a key that stays the same while a condition lasts."""
     if not history:
         return {}
-    kind = _modality(history[-1])
-    alike = [row for row in history if _modality(row) == kind]
+    streams = _streams(history[-1])
+    alike = [row for row in history if _streams(row) == streams]
     found = _not_finite(alike[-1])
     if len(alike) < 2 * limits.recent:
         return found
@@ -190,9 +191,8 @@ def _dead_target(now: History, limits: Thresholds) -> dict[str, str]:
     }
 
 
-def _modality(row: Mapping[str, float]) -> int:
-    share = row.get("image_share", 0.0)
-    return 0 if share <= 0.0 else 2 if share >= 1.0 else 1
+def _streams(row: Mapping[str, float]) -> frozenset[str]:
+    return frozenset(key for key in row if key.startswith("loss/"))
 
 
 def _levels(rows: History, metric: str) -> list[str]:

@@ -1,6 +1,5 @@
 """Curves of a run from its metrics.jsonl, as one PNG: losses, their terms by level, and health."""
 
-from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,16 +17,21 @@ _MANY = 80
 
 
 class _Panel(NamedTuple):
-    """One set of axes: `metric`, or a line for each `metric/level...` that was logged."""
+    """One set of axes: `metric`, or a line for each `metric/levelN` that was logged.
+
+    `by_stream` draws a line for each `metric/STREAM` and nothing else.
+    """
 
     metric: str
     title: str
     unit: str
     measured: bool = True
+    by_stream: bool = False
 
 
 _PANELS = (
     _Panel("loss", "Summed loss", "loss"),
+    _Panel("loss", "Summed loss, by stream", "loss", by_stream=True),
     _Panel("loss_predict", "Loss on predicted tokens, by level", "loss"),
     _Panel("loss_context", "Loss on context tokens, by level", "loss"),
     _Panel("context_weight", "Weight of the context loss", "lambda", measured=False),
@@ -68,19 +72,18 @@ def loss_curve(metrics: Path, picture: Path, title: str = "") -> None:
 
 def _lines(rows: Rows, panel: _Panel) -> dict[str, tuple[list[float], list[float]]]:
     """Points by label, shallowest level first; empty where nothing finite was logged."""
-    front = f"{panel.metric}/level"
-    keys = sorted({k for row in rows for k in row if k.startswith(front)}, key=_level_of(front))
+    front = f"{panel.metric}/" if panel.by_stream else f"{panel.metric}/level"
+    keys = list(dict.fromkeys(k for row in rows for k in row if k.startswith(front)))
+    labels = {key: key.removeprefix(front) for key in keys}
+    if not panel.by_stream:
+        keys = sorted(keys, key=lambda key: int(labels[key])) or [panel.metric]
+        labels = {key: f"block {label}" for key, label in labels.items()} | {panel.metric: ""}
     lines = {}
-    for key in keys or [panel.metric]:
+    for key in keys:
         points = [(row["step"], row[key]) for row in rows if key in row and isfinite(row[key])]
         if points:
-            label = f"block {key.removeprefix(front)}" if key.startswith(front) else ""
-            lines[label] = ([x for x, _ in points], [y for _, y in points])
+            lines[labels[key]] = ([x for x, _ in points], [y for _, y in points])
     return lines
-
-
-def _level_of(front: str) -> Callable[[str], int]:
-    return lambda key: int(key.removeprefix(front))
 
 
 def _draw(axes: "Axes", panel: _Panel, lines: dict[str, tuple[list[float], list[float]]]) -> None:

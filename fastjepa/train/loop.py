@@ -23,8 +23,8 @@ from fastjepa.observe.sinks import Sinks, read_metrics
 from fastjepa.observe.throughput import Throughput
 from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
-from fastjepa.train.plan import Modality, StepPlan
-from fastjepa.train.report import Probe, on_host, step_metrics
+from fastjepa.train.plan import StepPlan
+from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
 from fastjepa.train.signals import StopRequest
 from fastjepa.train.state import save
 from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
@@ -42,9 +42,9 @@ class Trainer:
     engine: TorchEngine
     guard: LossGuard
     plan: StepPlan
-    loaders: Mapping[Modality, BatchSource]
+    loaders: Mapping[str, BatchSource]
     quarantine: Quarantine
-    tokens: Mapping[Modality, int]
+    tokens: Mapping[str, int]
     folder: Path
     facts: dict[str, Any]
     console: Console
@@ -66,11 +66,11 @@ class Trainer:
         probe = Probe(self.jepa, normalise(self.probe_clip(next(iter(self.loaders)))))
         meter = Throughput()
         batches = {
-            modality: loader.batches(
-                self.plan.position(self.step, modality),
-                self.plan.position(self.plan.steps, modality),
+            stream: loader.batches(
+                self.plan.position(self.step, stream),
+                self.plan.position(self.plan.steps, stream),
             )
-            for modality, loader in self.loaders.items()
+            for stream, loader in self.loaders.items()
         }
         saved = self.step
         with Sinks.open(self.folder, self.step, wandb_project=self.wandb_project) as sinks:
@@ -113,12 +113,12 @@ class Trainer:
             self.keep_checkpoints,
         )
 
-    def probe_clip(self, modality: Modality) -> torch.Tensor:
+    def probe_clip(self, stream: str) -> torch.Tensor:
         """The fixed clip that health and pictures are taken on: uint8 [1, 3, T, H, W]."""
-        return self._noted(self.loaders[modality].first_clip).clip.to(self.engine.device)
+        return self._noted(self.loaders[stream].first_clip).clip.to(self.engine.device)
 
     def _train_step(
-        self, batches: Mapping[Modality, Iterator[Batch]], meter: Throughput, norms: bool
+        self, batches: Mapping[str, Iterator[Batch]], meter: Throughput, norms: bool
     ) -> StepReport:
         clips = tokens = 0
 
@@ -126,16 +126,16 @@ class Trainer:
             nonlocal clips, tokens
             for draw in self.plan.draws(self.step):
                 with meter.waiting():
-                    batch = self._noted(partial(next, batches[draw.modality]))
+                    batch = self._noted(partial(next, batches[draw.stream]))
                 assert isinstance(batch.extras, Masks)
                 clips += len(batch.clip)
-                tokens += len(batch.clip) * self.tokens[draw.modality]
+                tokens += len(batch.clip) * self.tokens[draw.stream]
                 device = self.engine.device
                 yield MicroBatch(
                     clip=normalise(batch.clip.to(device, non_blocking=True)),
                     masks=batch.extras.to(device),
                     share=draw.share,
-                    context_weight=self.plan.context_weight(self.step, draw.modality),
+                    context_weight=self.plan.context_weight(self.step, draw.stream),
                 )
 
         report = train_step(
@@ -164,17 +164,19 @@ class Trainer:
         done = self.step - 1
         draws = self.plan.draws(done)
         found = step_metrics(report, self.jepa.levels, [draw.share for draw in draws])
+        if len(self.loaders) > 1:
+            found |= stream_losses(report, draws)
         found |= probe.metrics() | {"skipped": self.guard.skipped}
         metrics = on_host(found) | meter.read()
         total = sum(draw.share for draw in draws)
-        weight = sum(d.share * self.plan.context_weight(done, d.modality) for d in draws) / total
+        weight = sum(d.share * self.plan.context_weight(done, d.stream) for d in draws) / total
         return metrics | {
             "step": self.step,
             "context_weight": weight,
             "lr": self.plan.lr(done),
             "weight_decay": self.plan.decay(done),
             "ema_momentum": self.plan.momentum(done),
-            "image_share": sum(d.share for d in draws if d.modality == "image") / total,
+            "image_share": sum(d.share for d in draws if d.stream == "image") / total,
             "memory_gib": read_memory(self.engine.device).main,
         }
 

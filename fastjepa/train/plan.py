@@ -13,14 +13,12 @@ from typing import Literal
 from fastjepa.objective.context_ramp import context_weight
 from fastjepa.optim.schedules import Shape, ema_momentum, learning_rate, weight_decay
 
-Modality = Literal["video", "image"]
-
 
 @dataclass(frozen=True)
 class Draw:
-    """One micro-batch of a step: its modality and the weight of its loss."""
+    """One micro-batch of a step: its stream and the weight of its loss."""
 
-    modality: Modality
+    stream: str
     share: float
 
 
@@ -28,17 +26,17 @@ class Draw:
 class StepPlan:
     """The run as a function of the step, counted from 0.
 
-    `mix` accumulate: every step holds `accumulate` micro-batches of each modality, weighed by
-    `image_share`. `mix` alternate: a step is all video or all image, images every 1 / image_share
-    steps; the same on average (docs/method.md section 6, images and videos together).
-    `context_weights` are lambda's full values.
+    `shares` are the streams' weights in an update (`video`, `video_64f`, `image`, ...), sum 1.
+    `mix` accumulate: every step holds `accumulate` micro-batches of each stream, weighed by its
+    share. `mix` alternate: a step is all of one stream, images every 1 / share steps and so on;
+    the same on average (docs/method.md section 6). `context_weights` are lambda's full values.
     """
 
     steps: int
     accumulate: int
     mix: Literal["accumulate", "alternate"]
-    image_share: float
-    context_weights: Mapping[Modality, float]
+    shares: Mapping[str, float]
+    context_weights: Mapping[str, float]
     ramp: tuple[int, int] | None
     shape: Shape
     start_lr: float
@@ -53,29 +51,19 @@ class StepPlan:
 
     def draws(self, step: int) -> list[Draw]:
         """The micro-batches of a step, in order; their shares add up to 1."""
-        shares: dict[Modality, float] = {
-            "video": 1.0 - self.image_share,
-            "image": self.image_share,
-        }
+        shares = self.shares
         if self.mix == "alternate":
-            image = self._images_before(step + 1) > self._images_before(step)
-            shares = {"video": float(not image), "image": float(image)}
+            before, after = self._taken(step), self._taken(step + 1)
+            shares = {name: 1.0 for name in shares if after[name] > before[name]}
         return [
-            Draw(modality, share / self.accumulate)
-            for modality, share in shares.items()
-            if share
+            Draw(stream, share / self.accumulate)
+            for stream, share in shares.items()
             for _ in range(self.accumulate)
         ]
 
-    def position(self, step: int, modality: Modality) -> int:
-        """Micro-batches of a modality that the steps before `step` have used."""
-        if self.mix == "accumulate":
-            used = (
-                step if (self.image_share if modality == "image" else 1 - self.image_share) else 0
-            )
-        else:
-            images = self._images_before(step)
-            used = images if modality == "image" else step - images
+    def position(self, step: int, stream: str) -> int:
+        """Micro-batches of a stream that the steps before `step` have used."""
+        used = step if self.mix == "accumulate" else self._taken(step)[stream]
         return used * self.accumulate
 
     def lr(self, step: int) -> float:
@@ -94,9 +82,18 @@ class StepPlan:
             step, start=self.start_momentum, final=self.final_momentum, horizon=self.horizon
         )
 
-    def context_weight(self, step: int, modality: Modality) -> float:
-        return context_weight(step, self.context_weights[modality], self.ramp)
+    def context_weight(self, step: int, stream: str) -> float:
+        return context_weight(step, self.context_weights[stream], self.ramp)
 
-    def _images_before(self, step: int) -> int:
-        # A hair above, so that a share such as 0.1 counts ten steps as one image step.
-        return floor(step * self.image_share + 1e-9)
+    def _taken(self, steps: int) -> dict[str, int]:
+        """Of the first `steps` alternating steps, how many were each stream's.
+
+        The last stream takes its share of the steps, the one before it its share of the others,
+        and the first what is left: each a pure function of how many steps there were.
+        """
+        names, taken, rest = list(self.shares), {}, 1.0
+        for name in reversed(names[1:]):
+            # A hair above, so that a share such as 0.1 counts ten steps as one step of its own.
+            taken[name] = floor(steps * (self.shares[name] / rest) + 1e-9)
+            steps, rest = steps - taken[name], rest - self.shares[name]
+        return taken | {names[0]: steps}

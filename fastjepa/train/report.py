@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.objective.health import effective_rank, feature_std, target_drift
+from fastjepa.train.plan import Draw
 from fastjepa.train.step import Jepa, StepReport
 
 
@@ -32,6 +33,14 @@ def step_metrics(
             for level, value in zip(levels, by_level.unbind(), strict=True)
         }
     return metrics
+
+
+def stream_losses(report: StepReport, draws: Sequence[Draw]) -> dict[str, Tensor]:
+    """Loss of each stream that the step held, the mean of its micro-batches: `loss/video`, ..."""
+    losses: dict[str, list[Tensor]] = {}
+    for draw, term in zip(draws, report.terms, strict=True):
+        losses.setdefault(f"loss/{draw.stream}", []).append(term.total.detach())
+    return {name: torch.stack(found).mean() for name, found in losses.items()}
 
 
 class Probe:

@@ -134,13 +134,13 @@ def test_a_target_that_is_meant_to_stand_still_is_not_dead() -> None:
 def test_images_and_videos_in_turn_are_not_compared_with_each_other() -> None:
     run = healthy()
     for row in run[::2]:
-        row["image_share"] = 1.0
+        row["loss/image"] = row["loss"]
         for key in ("loss", "loss_predict", "effective_rank/level11", "feature_std/level11"):
             row[key] *= 0.04 if key.startswith("feature") else 0.15
     for row in run[1::2]:
-        row["image_share"] = 0.0
+        row["loss/video"] = row["loss"]
     assert all(diagnose(run[:length]) == [] for length in range(len(run) + 1))
-    blind = [{k: v for k, v in row.items() if k != "image_share"} for row in run]
+    blind = [{k: v for k, v in row.items() if not k.startswith("loss/")} for row in run]
     assert any(diagnose(blind[:length]) for length in range(len(run) + 1))
 
 

@@ -27,6 +27,7 @@ data:
   fps: 8
   crop: 64
   batch: 2
+  lengths: {lengths}
   image_batch: 2
   image_share: 0.25
   mix: {mix}
@@ -45,7 +46,9 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     """A tiny recipe of the given run folder, written to a file of its own."""
 
     def write(name: str = "run", **changes: object) -> Path:
-        values = {"mix": "accumulate", "workers": 0, "accumulate": 1, "dtype": "float32"} | changes
+        values = {
+            "mix": "accumulate", "workers": 0, "accumulate": 1, "dtype": "float32", "lengths": "[]"
+        } | changes  # fmt: skip
         path = tmp_path / f"{name}.yaml"
         path.write_text(TINY.format(folder=tmp_path / name, **values))
         return path

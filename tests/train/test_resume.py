@@ -39,6 +39,12 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     [
         {"mix": "accumulate", "workers": 1},
         {"mix": "alternate", "workers": 0, "accumulate": 2, "dtype": "bfloat16"},
+        {"mix": "accumulate", "workers": 0, "lengths": "[{frames: 8, batch: 1, share: 0.4}]"},
+        {
+            "mix": "alternate",
+            "workers": 0,
+            "lengths": "[{frames: 8, batch: 1, share: 0.3}, {frames: 2, batch: 3, share: 0.3}]",
+        },
     ],
 )
 def test_killed_run_ends_bit_identical(write_recipe: Write, settings: dict[str, object]) -> None:
