@@ -18,8 +18,9 @@ from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import MaskGroup, Recipe, Source
 from fastjepa.config.streams import Modality, Stream
+from fastjepa.data.files import Entry
 from fastjepa.data.loader import Loader
-from fastjepa.data.manifest import Entry, read_manifest
+from fastjepa.data.manifest import read_manifest
 from fastjepa.data.quarantine import Quarantine
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
@@ -54,6 +55,8 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         name: _loader(recipe, stream, datasets[stream.modality], device)
         for name, stream in streams.items()
     }
+    # Clips of all lengths come from the same files.
+    num_files = {streams[name].modality: loader.num_files for name, loader in loaders.items()}
     _claim(recipe, resolved, console)
 
     torch.manual_seed(recipe.run.seed)
@@ -91,11 +94,7 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         quarantine=Quarantine(
             folder / "quarantine.jsonl",
             recipe.data.max_bad_share,
-            sum(
-                {
-                    streams[name].modality: loader.num_files for name, loader in loaders.items()
-                }.values()
-            ),
+            sum(num_files.values()),
         ),
         tokens={name: stream.tokens for name, stream in streams.items()},
         folder=folder,
@@ -182,15 +181,17 @@ def mask_maker(recipe: Recipe, stream: Stream) -> MaskMaker:
     )
 
 
-Datasets = list[tuple[Sequence[Entry], float]]
-
-
-def _datasets(recipe: Recipe, modality: Modality) -> Datasets:
+def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Sequence[Entry], float]]:
     sources: tuple[Source, ...] = getattr(recipe.data, modality)
     return [(read_manifest(source.path), source.weight) for source in sources]
 
 
-def _loader(recipe: Recipe, stream: Stream, datasets: Datasets, device: torch.device) -> Loader:
+def _loader(
+    recipe: Recipe,
+    stream: Stream,
+    datasets: list[tuple[Sequence[Entry], float]],
+    device: torch.device,
+) -> Loader:
     data = recipe.data
     return Loader(
         datasets=datasets,
