@@ -3,30 +3,35 @@
     numbers = estimate(recipe, resolve(recipe))
     numbers.flops, numbers.memory.total
 
-Nothing is built: sizes follow from the recipe, token counts are means over masks drawn for it.
+Nothing is built: sizes follow from the recipe, token counts from masks drawn for it.
 """
 
 import math
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from fastjepa.build import encoder_sizes, mask_maker
 from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
-from fastjepa.masking.batch import mean_counts
+from fastjepa.masking.batch import counts
 from fastjepa.observe.flops import (
     EncoderNumbers,
     PredictorNumbers,
     StepFlops,
     TokenNumbers,
     encoder_parameters,
+    mean_flops,
     predictor_parameters,
     step_flops,
 )
-from fastjepa.observe.footprint import Footprint, step_footprint
+from fastjepa.observe.footprint import Activations, Footprint, step_activations
+from fastjepa.observe.states import state_bytes
 
-# Steps whose masks are drawn for the mean token counts.
+# Steps whose masks are drawn for the token counts.
 DRAWN_STEPS = 8
+# Of larger batches only so many clips are drawn: a clip keeps hardly fewer tokens in them.
+MOST_DRAWN = 512
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Part:
     """One stream's forward and backward: mean tokens a clip by mask group, and their cost.
 
     `passes` is how many of them an optimizer step holds, on average where steps alternate.
+    `memory` is that of the largest of the steps drawn.
     """
 
     context: tuple[float, ...]
@@ -64,53 +70,101 @@ def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
     The context head's small part is counted where the context term is off, too. Raises ValueError
     where masks leave no context or no predictions.
     """
-    size, model = resolved.encoder, recipe.model
-    encoder = EncoderNumbers(
-        size.width, size.depth, size.heads, size.mlp_width, len(size.levels),
-        model.patch, model.tubelet,
-    )  # fmt: skip
-    shape, levels = resolved.predictor, len(size.levels)
-    predictor = PredictorNumbers(
-        shape.width, shape.depth, shape.heads, shape.mlp_width,
-        in_width=size.width, in_levels=levels, out_width=levels * size.width,
-        mask_tokens=model.predictor.mask_tokens,
-    )  # fmt: skip
-
-    def part(stream: Stream) -> Part:
-        maker = replace(mask_maker(recipe, stream), weigh=False)
-        counts = mean_counts(maker, range(DRAWN_STEPS))
-        context, predicted = tuple(c for c, _ in counts), tuple(p for _, p in counts)
-        tokens = TokenNumbers(
-            stream.tokens,
-            tuple(int(c) for c in context),
-            tuple(min(round(p), stream.tokens - int(c)) for c, p in counts),
-            image=stream.frames == 1,
-        )
-        share = stream.share if recipe.data.mix == "alternate" else 1.0
-        return Part(
-            context,
-            predicted,
-            share * recipe.optim.accumulate,
-            step_flops(
-                encoder, predictor, tokens, batch=stream.clips, checkpointing=model.checkpointing
-            ),
-            step_footprint(
-                encoder,
-                predictor,
-                tokens,
-                batch=stream.clips,
-                value_bytes=2 if recipe.engine.dtype == "bfloat16" else 4,
-                checkpointing=model.checkpointing,
-                scores=model.attention == "math",
-            ),
-        )
-
-    parts = {name: part(stream) for name, stream in resolved.streams.items()}
-    every_norm = len(encoder_sizes(recipe, resolved)["levels"])
+    costs = StreamCosts(recipe, resolved)
+    parts = {name: costs.part(stream) for name, stream in resolved.streams.items()}
     return Estimate(
-        encoder_parameters(replace(encoder, levels=every_norm)),
-        predictor_parameters(predictor),
+        costs.encoder_parameters,
+        costs.predictor_parameters,
         parts,
         math.fsum(p.passes * p.flops.total for p in parts.values()),
         max((p.memory for p in parts.values()), key=lambda memory: memory.total),
     )
+
+
+class StreamCosts:
+    """What a recipe's networks cost on clips of any stream and batch."""
+
+    def __init__(self, recipe: Recipe, resolved: Resolved) -> None:
+        self.recipe = recipe
+        size, shape, model = resolved.encoder, resolved.predictor, recipe.model
+        levels = len(size.levels)
+        self.encoder = EncoderNumbers(
+            size.width, size.depth, size.heads, size.mlp_width, levels, model.patch, model.tubelet
+        )
+        self.predictor = PredictorNumbers(
+            shape.width, shape.depth, shape.heads, shape.mlp_width,
+            in_width=size.width, in_levels=levels, out_width=levels * size.width,
+            mask_tokens=model.predictor.mask_tokens,
+        )  # fmt: skip
+        every_norm = len(encoder_sizes(recipe, resolved)["levels"])
+        self.encoder_parameters = encoder_parameters(replace(self.encoder, levels=every_norm))
+        self.predictor_parameters = predictor_parameters(self.predictor)
+        self.autocast = recipe.engine.dtype == "bfloat16"
+        self._drawn: dict[tuple[int, int], list[TokenNumbers]] = {}
+
+    def tokens(self, stream: Stream) -> list[TokenNumbers]:
+        """A clip's tokens in each of the first steps."""
+        stream = replace(stream, clips=min(stream.clips, MOST_DRAWN))
+        key = stream.number, stream.clips
+        if key not in self._drawn:
+            maker = replace(mask_maker(self.recipe, stream), weigh=False)
+            self._drawn[key] = [
+                TokenNumbers(stream.tokens, context, predicted, image=stream.frames == 1)
+                for context, predicted in counts(maker, range(DRAWN_STEPS))
+            ]
+        return self._drawn[key]
+
+    def part(self, stream: Stream) -> Part:
+        """Tokens, operations and memory of one process's pass over a batch of `stream`."""
+        drawn, model = self.tokens(stream), self.recipe.model
+        context, predicted = (
+            tuple(map(fmean, zip(*kept, strict=True)))
+            for kept in ([t.context for t in drawn], [t.predicted for t in drawn])
+        )
+        share = stream.share if self.recipe.data.mix == "alternate" else 1.0
+        return Part(
+            context,
+            predicted,
+            share * self.recipe.optim.accumulate,
+            mean_flops(
+                [
+                    step_flops(
+                        self.encoder, self.predictor, tokens, batch=stream.clips,
+                        checkpointing=model.checkpointing,
+                    )
+                    for tokens in drawn
+                ]
+            ),
+            Footprint(
+                state_bytes(
+                    self.encoder_parameters, self.predictor_parameters,
+                    layout="torch", autocast=self.autocast,
+                ),
+                self.activations(stream, drawn, checkpointing=model.checkpointing),
+            ),
+        )  # fmt: skip
+
+    def activations(
+        self,
+        stream: Stream,
+        drawn: list[TokenNumbers],
+        *,
+        checkpointing: bool,
+        float32_weights: bool = True,
+    ) -> Activations:
+        """Bytes of a batch of `stream` in the largest of the steps `drawn`."""
+        value_bytes = 2 if self.autocast else 4
+        return max(
+            (
+                step_activations(
+                    self.encoder, self.predictor, tokens, batch=stream.clips,
+                    value_bytes=value_bytes,
+                    stream_bytes=4 if float32_weights else value_bytes,
+                    checkpointing=checkpointing,
+                    scores=self.recipe.model.attention == "math",
+                    in_turn=self.recipe.engine.mask_groups == "in_turn",
+                )
+                for tokens in drawn
+            ),
+            key=lambda held: held.total,
+        )  # fmt: skip

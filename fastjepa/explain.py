@@ -19,6 +19,7 @@ from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import MaskGroup, Recipe, Source
 from fastjepa.config.streams import Stream
 from fastjepa.estimate import DRAWN_STEPS, Estimate, Part, estimate
+from fastjepa.observe.quantities import binary_size, count, scaled
 from fastjepa.optim.schedules import ema_momentum, learning_rate, weight_decay
 
 
@@ -111,9 +112,9 @@ def _model(recipe: Recipe, resolved: Resolved, numbers: Estimate) -> Rows:
         )
         + f" of 0 to {encoder.depth - 1}",
     )
-    yield "parameters of the encoder", _count(numbers.encoder_parameters)
-    yield "parameters of the predictor", _count(numbers.predictor_parameters)
-    yield "parameters of the target", f"{_count(numbers.encoder_parameters)}, not trained"
+    yield "parameters of the encoder", count(numbers.encoder_parameters)
+    yield "parameters of the predictor", count(numbers.predictor_parameters)
+    yield "parameters of the target", f"{count(numbers.encoder_parameters)}, not trained"
 
 
 def _called(stream: str) -> str:
@@ -235,28 +236,30 @@ def _compute(numbers: Estimate, steps: int) -> Rows:
         for kind in ("target", "context", "predictor", "loss"):
             yield (
                 f"{name}: {kind}",
-                _scaled(part.passes * getattr(part.flops, kind).total, "FLOP"),
+                scaled(part.passes * getattr(part.flops, kind).total, "FLOP"),
             )
-        yield f"{name}: together", _scaled(part.passes * part.flops.total, "FLOP")
-    yield "a step", _scaled(numbers.flops, "FLOP")
-    yield "the run", _scaled(numbers.flops * steps, "FLOP")
+        yield f"{name}: together", scaled(part.passes * part.flops.total, "FLOP")
+    yield "a step", scaled(numbers.flops, "FLOP")
+    yield "the run", scaled(numbers.flops * steps, "FLOP")
 
 
 def _memory(recipe: Recipe, numbers: Estimate) -> Rows:
-    memory = numbers.memory
-    yield "weights", f"{_bytes(memory.weights)} (float32)"
-    yield "gradients", f"{_bytes(memory.gradients)} (float32)"
-    yield "AdamW moments", f"{_bytes(memory.optimizer)} (float32)"
-    yield "target encoder", f"{_bytes(memory.target)} (float32)"
+    states, held = numbers.memory.states, numbers.memory.activations
+    yield "weights", f"{binary_size(states.weights)} (float32)"
+    if states.casts:
+        yield "their bf16 copies", f"{binary_size(states.casts)} (by autocast)"
+    yield "gradients", f"{binary_size(states.gradients)} (float32)"
+    yield "AdamW moments", f"{binary_size(states.moments)} (float32)"
+    yield "target encoder", f"{binary_size(states.ema)} (float32)"
     kept = "block inputs only" if recipe.model.checkpointing else "plain blocks"
     yield (
         "activations",
-        f"about {_bytes(memory.activations)} ({recipe.engine.dtype}, estimated for {kept}: "
-        f"context {_bytes(memory.context_activations)}, "
-        f"predictor {_bytes(memory.predictor_activations)}, "
-        f"loss {_bytes(memory.loss_activations)})",
+        f"about {binary_size(held.total)} ({recipe.engine.dtype}, estimated for {kept} on a GPU: "
+        f"context {binary_size(held.context)}, "
+        f"predictor {binary_size(held.predictor)}, "
+        f"loss {binary_size(held.loss)})",
     )
-    yield "together", f"about {_bytes(memory.total)}, workspace not counted"
+    yield "together", f"about {binary_size(numbers.memory.total)}, workspace not counted"
 
 
 def _data(recipe: Recipe, resolved: Resolved) -> Rows:
@@ -299,19 +302,3 @@ def _half_life(momentum: float) -> str:
 def _range(scale: tuple[float, float]) -> str:
     low, high = scale
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e6:,.1f} M ({parameters:,})"
-
-
-def _scaled(value: float, unit: str) -> str:
-    """`value` with the prefix that leaves 1 to 999 before the point."""
-    prefixes = ("", "k", "M", "G", "T", "P", "E", "Z")
-    power = min(len(prefixes) - 1, int(math.log10(value) // 3)) if value >= 1.0 else 0
-    return f"{value / 1000.0**power:.3g} {prefixes[power]}{unit}"
-
-
-def _bytes(size: int) -> str:
-    gib = size / 2**30
-    return f"{gib:,.2f} GiB" if gib >= 1.0 else f"{size / 2**20:,.1f} MiB"

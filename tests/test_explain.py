@@ -102,11 +102,17 @@ def test_memory_is_the_larger_part_and_follows_the_recipe() -> None:
     parts = (part.memory for part in numbers.parts.values())
     assert numbers.memory == max(parts, key=lambda memory: memory.total)
     trained = numbers.encoder_parameters + numbers.predictor_parameters
-    assert numbers.memory.optimizer == 8 * trained
-    activations = numbers.memory.activations
-    assert costs("engine.dtype=bfloat16").memory.activations < activations
-    assert costs("model.checkpointing=true").memory.activations < activations
-    assert costs("model.attention=math").memory.activations > activations
+    assert numbers.memory.states.moments == 8 * trained
+    assert numbers.memory.states.ema == 4 * numbers.encoder_parameters
+    assert costs("engine.dtype=bfloat16").memory.states.casts == 2 * trained
+
+    def held(*overrides: str) -> int:
+        return costs(*overrides).memory.activations.total
+
+    assert held("engine.dtype=bfloat16") < held()
+    assert held("model.checkpointing=true") < held()
+    assert held("model.attention=math") > held()
+    assert held("engine.mask_groups=in_turn") < held()
 
 
 def test_schedule_gives_the_values_that_steps_will_have() -> None:
@@ -173,4 +179,6 @@ def test_json_holds_plain_numbers() -> None:
     assert tree["resolved"]["streams"]["video"]["tokens"] == 196
     assert tree["estimate"]["encoder_parameters"] == costs().encoder_parameters
     assert math.isclose(tree["estimate"]["flops"], costs().flops)
-    assert tree["estimate"]["parts"]["video"]["memory"]["weights"] == costs().memory.weights
+    assert tree["estimate"]["parts"]["video"]["memory"]["states"]["weights"] == (
+        costs().memory.states.weights
+    )

@@ -125,13 +125,10 @@ def _complement(index_BK: NDArray[np.int64], num_tokens: int) -> NDArray[np.int6
     return np.nonzero(free)[1].reshape(len(index_BK), -1).astype(np.int64)
 
 
-def mean_counts(maker: MaskMaker, steps: Sequence[int]) -> list[tuple[float, float]]:
-    """Mean (context, predicted) tokens a clip of each group over some steps, for planning."""
-    drawn = [maker(step) for step in steps]
+def counts(maker: MaskMaker, steps: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Context and predicted tokens a clip of each group, step by step, for planning."""
+    drawn = map(maker, steps)
     return [
-        (
-            float(np.mean([m.context[g].shape[1] for m in drawn])),
-            float(np.mean([m.predict[g].shape[1] for m in drawn])),
-        )
-        for g in range(len(maker.groups))
+        (tuple(c.shape[1] for c in masks.context), tuple(p.shape[1] for p in masks.predict))
+        for masks in drawn
     ]

@@ -5,7 +5,9 @@ loss element by element. Not counted: norms, GELU, rotary positions and the opti
 bound by memory. Sizes follow docs/method.md, sections 2 and 4; footprint.py estimates bytes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 # Operations a supervised value: 5 of the target's LayerNorm, then difference, power, weight, sum.
 _LOSS_FORWARD = 9
@@ -95,6 +97,25 @@ class StepFlops:
     @property
     def total(self) -> int:
         return self.target.total + self.context.total + self.predictor.total + self.loss.total
+
+    @property
+    def recompute(self) -> int:
+        """Operations among them that checkpointing repeats."""
+        return self.context.recompute + self.predictor.recompute
+
+
+def mean_flops(steps: Sequence[StepFlops]) -> StepFlops:
+    """The mean of several steps, kind by kind, to whole operations."""
+
+    def part(name: str) -> Flops:
+        parts: list[Flops] = [getattr(step, name) for step in steps]
+        forward, backward, recompute = (
+            round(fmean(getattr(one, kind) for one in parts))
+            for kind in ("forward", "backward", "recompute")
+        )
+        return Flops(forward, backward, recompute)
+
+    return StepFlops(part("target"), part("context"), part("predictor"), part("loss"))
 
 
 def encoder_parameters(encoder: EncoderNumbers) -> int:

@@ -1,85 +1,101 @@
 """Memory a training step needs, estimated from plain numbers before anything is allocated.
 
-Bytes of weights, gradients, optimizer state and EMA are exact for float32 states. Activations are
-an estimate of what autograd keeps: values in the compute dtype, attention without its score matrix
-(flash, or the CPU's fused kernel) unless `scores` says otherwise. Workspace and the allocator's
-slack are not in it.
+States are exact (states.py). Activations are an estimate of what autograd keeps on a GPU: products
+in the compute dtype, norms' inputs, levels and targets in float32, attention without its score
+matrix (flash kernels) unless `scores` says otherwise. A CPU's hand-written blocks keep less.
+Workspace and the allocator's slack are not in it. docs/planning.md has the formulas.
 """
 
 from dataclasses import dataclass
 
-from fastjepa.observe.flops import (
-    EncoderNumbers,
-    PredictorNumbers,
-    TokenNumbers,
-    encoder_parameters,
-    predictor_parameters,
-)
+from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers
+from fastjepa.observe.states import StateBytes
 
 _FLOAT32 = 4
 
 
 @dataclass(frozen=True)
-class Footprint:
-    """Bytes of what is trained and its states, of the target encoder, and of activations."""
+class Activations:
+    """Bytes held at the height of a step by part; `recomputed` is the one block that checkpointing
+    brings back, `clip` the batch itself."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    target: int
-    context_activations: int
-    predictor_activations: int
-    loss_activations: int
-
-    @property
-    def activations(self) -> int:
-        return self.context_activations + self.predictor_activations + self.loss_activations
+    context: int
+    predictor: int
+    loss: int
+    recomputed: int
+    clip: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.target + self.activations
+        return self.context + self.predictor + self.loss + self.recomputed + self.clip
 
 
-def step_footprint(
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one process's step: what stays from step to step, and what a step adds."""
+
+    states: StateBytes
+    activations: Activations
+
+    @property
+    def total(self) -> int:
+        return self.states.total + self.activations.total
+
+
+def step_activations(
     encoder: EncoderNumbers,
     predictor: PredictorNumbers,
     tokens: TokenNumbers,
     *,
     batch: int,
     value_bytes: int = 2,
-    target: EncoderNumbers | None = None,
+    stream_bytes: int = _FLOAT32,
     checkpointing: bool = False,
     scores: bool = False,
-) -> Footprint:
-    """Bytes held at the height of one step: all mask groups' graphs alive, backward about to start.
+    in_turn: bool = False,
+) -> Activations:
+    """Bytes held as the backward starts: the graphs of all mask groups, or with `in_turn` the
+    predictor's and the loss's of the largest group alone.
 
-    `value_bytes` is 2 for bf16 and 4 for float32 compute. With `checkpointing` a block keeps its
-    input alone, and the one block that is being recomputed is added.
+    `value_bytes` is 2 for bf16 and 4 for float32 products, `stream_bytes` the width of the
+    predictor's residual stream: float32 with float32 weights, for its mask tokens are such. With
+    `checkpointing` a block keeps its input alone, and the largest single block comes on top.
     """
-    trained = encoder_parameters(encoder) + predictor_parameters(predictor)
-    keep = _Keep(value_bytes, checkpointing, scores)
-    context = guessed = supervised = 0
+    groups = list(zip(tokens.context, tokens.predicted, strict=True))
+    visible = sum(tokens.context)
     pixels = 3 * (1 if tokens.image else encoder.tubelet) * encoder.patch**2
-    for kept, predicted in zip(tokens.context, tokens.predicted, strict=True):
-        # Blocks, patches into the tokenizer, and the level norms' outputs.
-        context += _stack_bytes(encoder, kept, keep)
-        context += kept * value_bytes * (pixels + encoder.levels * encoder.width)
-        # Blocks, the norm's input and output, and the wide embedding around its GELU.
-        guessed += _stack_bytes(predictor, kept + predicted, keep)
-        guessed += 2 * (kept + predicted) * predictor.width * value_bytes
+    # Patches into the tokenizer; the level norms' float32 inputs, where the blocks' own are bf16,
+    # and outputs; all levels side by side into the predictor.
+    level = value_bytes + _FLOAT32 + (_FLOAT32 if value_bytes < _FLOAT32 else 0)
+    context = visible * (pixels * value_bytes + encoder.levels * encoder.width * level)
+    block, recomputed = _block(encoder, list(tokens.context), value_bytes, scores), 0
+    if checkpointing:
+        context += encoder.depth * visible * encoder.width * value_bytes
+        recomputed = block
+    else:
+        context += encoder.depth * block
+
+    passes = [[group] for group in groups] if in_turn else [groups]
+    guessed = supervised = 0
+    for some in passes:
+        lengths = [kept + predicted for kept, predicted in some]
+        block = _block(predictor, lengths, value_bytes, scores)
+        # The last norm's input, and the wide embedding around its GELU.
+        size = sum(lengths) * predictor.width * stream_bytes
         if predictor.in_levels > 1:
-            guessed += 2 * kept * predictor.in_width * value_bytes
-        supervised += kept + predicted
-    # Targets of the whole grid in float32, predictions in the compute dtype.
-    loss = predictor.out_width * (tokens.grid * _FLOAT32 + supervised * value_bytes)
-    return Footprint(
-        weights=_FLOAT32 * trained,
-        gradients=_FLOAT32 * trained,
-        optimizer=2 * _FLOAT32 * trained,
-        target=_FLOAT32 * encoder_parameters(target or encoder),
-        context_activations=batch * context,
-        predictor_activations=batch * guessed,
-        loss_activations=batch * loss,
+            size += 2 * sum(kept for kept, _ in some) * predictor.in_width * value_bytes
+        if checkpointing:
+            size += predictor.depth * sum(lengths) * predictor.width * stream_bytes
+            recomputed = max(recomputed, block)
+        else:
+            size += predictor.depth * block
+        guessed, supervised = max(guessed, size), max(supervised, sum(lengths))
+    # Raw targets of the whole grid; the gradients of the predictor's rows and of the two heads.
+    loss = tokens.grid * predictor.out_width * _FLOAT32 + supervised * predictor.width * value_bytes
+    heads = 2 * (predictor.width + 1) * predictor.out_width * _FLOAT32
+    clip = tokens.grid * pixels * _FLOAT32
+    return Activations(
+        batch * context, batch * guessed, batch * loss + heads, batch * recomputed, batch * clip
     )
 
 
@@ -88,28 +104,27 @@ def block_activations(
 ) -> int:
     """Bytes one block keeps for its backward on one sequence.
 
-    A token keeps 8 rows of `width` (two residuals, two normed inputs, q, k, v, attention's output)
-    and two of `mlp_width` (around the GELU); attention keeps a float32 log-sum-exp per head, or
-    with `scores` its `heads x tokens x tokens` probabilities; a norm its mean and deviation.
+    A token keeps two rows of `width` in float32 (the norms' inputs), six in the compute dtype (two
+    normed inputs, q, k, v, attention's output) and two of `mlp_width` (around the GELU). Attention
+    keeps a float32 log-sum-exp per head, or with `scores` its `heads x tokens x tokens`
+    probabilities; a norm its mean and deviation.
     """
-    rows = tokens * value_bytes * (8 * width + 2 * mlp_width)
+    rows = tokens * (2 * width * _FLOAT32 + (6 * width + 2 * mlp_width) * value_bytes)
     attention = heads * tokens * (tokens * value_bytes if scores else _FLOAT32)
     return rows + attention + 4 * _FLOAT32 * tokens
 
 
-@dataclass(frozen=True)
-class _Keep:
-    """How a forward keeps values for its backward."""
-
-    value_bytes: int
-    checkpointing: bool
-    scores: bool
-
-
-def _stack_bytes(shape: EncoderNumbers | PredictorNumbers, tokens: int, keep: _Keep) -> int:
-    block = block_activations(
-        shape.width, shape.mlp_width, shape.heads, tokens, keep.value_bytes, scores=keep.scores
+def _block(
+    shape: EncoderNumbers | PredictorNumbers, lengths: list[int], value_bytes: int, scores: bool
+) -> int:
+    """What one block keeps for one sequence of each length."""
+    alone = sum(
+        block_activations(
+            shape.width, shape.mlp_width, shape.heads, tokens, value_bytes, scores=scores
+        )
+        for tokens in lengths
     )
-    if keep.checkpointing:
-        return shape.depth * tokens * shape.width * keep.value_bytes + block
-    return shape.depth * block
+    if len(lengths) == 1 or scores:
+        return alone
+    # Flash kernels keep each group's output, and the packed rows of all groups come beside them.
+    return alone + sum(lengths) * shape.width * value_bytes

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastjepa.features": {
         "fastjepa.checkpoint", "fastjepa.data", "fastjepa.model", "fastjepa.observe",
     },
+    "fastjepa.planning": {"fastjepa.observe"},
     "fastjepa.probes": {
         "fastjepa.checkpoint", "fastjepa.data", "fastjepa.features", "fastjepa.model",
         "fastjepa.observe",
@@ -42,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Only these know the recipe; all else takes plain arguments.
 KNOW_THE_RECIPE = {
     "fastjepa.config", "fastjepa.build", "fastjepa.cli", "fastjepa.explain", "fastjepa.estimate",
+    "fastjepa.planner",
 }  # fmt: skip
 
 # Optional or heavy: in one place, and only when called.

@@ -1,4 +1,5 @@
-"""The estimate against what autograd keeps for a plain PyTorch block, and its bookkeeping."""
+"""The estimate against what autograd keeps for a plain PyTorch block, and its bookkeeping; a whole
+step's is in tests/test_estimate.py."""
 
 import pytest
 import torch
@@ -6,15 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers
-from fastjepa.observe.footprint import Footprint, block_activations, step_footprint
+from fastjepa.observe.footprint import Activations, block_activations, step_activations
 
 ENCODER = EncoderNumbers(64, 4, 2, 256, 2)
 PREDICTOR = PredictorNumbers(32, 3, 2, 128, 64, 2, 128)
 TOKENS = TokenNumbers(128, (40, 10), (60, 100))
 
 
-def footprint(tokens: TokenNumbers = TOKENS, **more: bool) -> Footprint:
-    return step_footprint(ENCODER, PREDICTOR, tokens, batch=2, **more)
+def held(tokens: TokenNumbers = TOKENS, **more: int) -> Activations:
+    return step_activations(ENCODER, PREDICTOR, tokens, batch=2, **more)
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -49,25 +50,39 @@ def test_a_blocks_activations_are_what_autograd_keeps(scores: bool) -> None:
     assert estimate == pytest.approx(sum(kept.values()), rel=0.15)
 
 
-def test_states_are_counted_in_float32() -> None:
-    memory = footprint()
-    assert memory.gradients == memory.weights
-    assert memory.optimizer == 2 * memory.weights
-    assert memory.target < memory.weights
-    assert memory.total == 4 * memory.weights + memory.target + memory.activations
-
-
 def test_checkpointing_and_a_narrower_dtype_save_and_scores_cost() -> None:
-    plain = footprint()
-    assert footprint(checkpointing=True).context_activations < plain.context_activations
-    assert footprint(scores=True).predictor_activations > plain.predictor_activations
-    wide = step_footprint(ENCODER, PREDICTOR, TOKENS, batch=2, value_bytes=4)
-    assert plain.activations < wide.activations < 2 * plain.activations
+    plain = held()
+    saved = held(checkpointing=True)
+    assert saved.context < plain.context
+    assert saved.predictor < plain.predictor
+    assert plain.recomputed == 0 < saved.recomputed
+    assert held(scores=True).predictor > plain.predictor
+    assert plain.total < held(value_bytes=4).total < 2 * plain.total
+    assert held(checkpointing=True, stream_bytes=2).predictor < saved.predictor
 
 
-def test_groups_are_alive_together() -> None:
-    first = footprint(TokenNumbers(128, (40,), (60,)))
-    second = footprint(TokenNumbers(128, (10,), (100,)))
-    both = footprint()
-    assert both.context_activations == first.context_activations + second.context_activations
-    assert both.predictor_activations == first.predictor_activations + second.predictor_activations
+def test_a_clip_is_float32_pixels() -> None:
+    # 128 tokens of 2 frames x 16 x 16 pixels in 3 colours.
+    assert held().clip == 2 * 128 * 2 * 16 * 16 * 3 * 4
+    assert held(TokenNumbers(128, (40,), (60,), image=True)).clip == held().clip // 2
+
+
+def test_all_but_the_heads_gradients_grows_with_the_batch() -> None:
+    one, three, five = (
+        step_activations(ENCODER, PREDICTOR, TOKENS, batch=batch).total for batch in (1, 3, 5)
+    )
+    assert five - three == three - one
+    assert one - (three - one) // 2 == 2 * (32 + 1) * 128 * 4
+
+
+def test_groups_are_alive_together_unless_they_take_turns() -> None:
+    first = held(TokenNumbers(128, (40,), (60,)))
+    second = held(TokenNumbers(128, (10,), (100,)))
+    both, turns = held(), held(in_turn=True)
+    # Packed into one pass, both groups' attention outputs are copied behind one another.
+    copies = 2 * 4 * (40 + 10) * 64 * 2
+    assert both.context == first.context + second.context + copies
+    assert both.predictor > first.predictor + second.predictor
+    assert turns.predictor == max(first.predictor, second.predictor)
+    assert turns.context == both.context
+    assert turns.total < both.total

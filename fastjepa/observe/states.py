@@ -1,0 +1,77 @@
+"""Bytes of weights, gradients, moments and the target on one rank, by the way they are laid out.
+
+`torch` is one process: everything in float32, the target among it, and bf16 copies of the weights
+where autocast makes them. `zero0` to `zero3` are DeepSpeed's ZeRO stages: weights, gradients and
+the target in bf16, and in float32 a master copy, two moments and the EMA that the target is cast
+from. A stage says which kinds are split over the ranks. docs/planning.md has the table.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+Layout = Literal["torch", "zero0", "zero1", "zero2", "zero3"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+_BF16, _FLOAT32 = 2, 4
+# From which ZeRO stage on a kind is split over the ranks.
+_SPLIT_FROM = {"master": 1, "moments": 1, "ema": 1, "gradients": 2, "weights": 3, "target": 3}
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes on one rank by kind; `ema` is the float32 target, `target` its bf16 working copy,
+    `casts` are autocast's bf16 copies of the trained weights."""
+
+    weights: int
+    casts: int
+    gradients: int
+    master: int
+    moments: int
+    ema: int
+    target: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def state_bytes(
+    encoder: int,
+    predictor: int,
+    *,
+    layout: Layout,
+    ranks: int = 1,
+    autocast: bool = True,
+) -> StateBytes:
+    """Bytes per rank for so many parameters of the encoder and the predictor.
+
+    `autocast` adds the bf16 copies to layout `torch`. Parts are rounded up: shards are padded to
+    one size. Raises ValueError for less than one rank.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks: expected at least 1, got {ranks}")
+    trained = encoder + predictor
+    if layout == "torch":
+        return StateBytes(
+            weights=_FLOAT32 * trained,
+            casts=_BF16 * trained if autocast else 0,
+            gradients=_FLOAT32 * trained,
+            master=0,
+            moments=2 * _FLOAT32 * trained,
+            ema=_FLOAT32 * encoder,
+            target=0,
+        )
+    whole = {
+        "weights": _BF16 * trained,
+        "gradients": _BF16 * trained,
+        "master": _FLOAT32 * trained,
+        "moments": 2 * _FLOAT32 * trained,
+        "ema": _FLOAT32 * encoder,
+        "target": _BF16 * encoder,
+    }
+    stage = int(layout[-1])
+    parts = {
+        kind: -(-size // ranks) if stage >= _SPLIT_FROM[kind] else size
+        for kind, size in whole.items()
+    }
+    return StateBytes(casts=0, **parts)

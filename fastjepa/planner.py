@@ -1,0 +1,322 @@
+"""A recipe on many GPUs: bytes per rank, communication, largest batches, step time, GPU-hours.
+
+    plan = make_plan(recipe, resolve(recipe), Cluster(gpus=64, gpu=gpu_named("h100")))
+    plan.layouts["zero2"].states.total, plan.layouts["zero2"].largest["video"]
+
+Nothing is built. Every rank takes the recipe's batch, so the samples of an update grow with the
+ranks. docs/planning.md has each formula.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fastjepa.config.resolve import Resolved
+from fastjepa.config.schema import Recipe
+from fastjepa.config.streams import Stream
+from fastjepa.estimate import Estimate, Part, StreamCosts, estimate
+from fastjepa.observe.flops import TokenNumbers, block_parameters
+from fastjepa.observe.footprint import Activations
+from fastjepa.observe.states import LAYOUTS, Layout, StateBytes, state_bytes
+from fastjepa.planning.balance import Costs, Roles, by_ratio, by_work
+from fastjepa.planning.communication import Traffic, ring_bandwidth, step_traffic
+from fastjepa.planning.gpus import Gpu
+
+_BF16 = 2
+# Masks are drawn for batches of at most this size; larger ones keep hardly fewer tokens.
+_LARGEST_DRAWN = 64
+# Rounds in which the batches of balanced ranks settle.
+_ROUNDS = 4
+# Bytes that AdamW and the EMA read and write for a parameter, whatever the layout: gradient,
+# weight and moments in and out and a bf16 copy; weight in, EMA in and out, and a bf16 copy.
+_ADAMW_BYTES, _EMA_BYTES = 30, 14
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, their links (bytes a second, each way), and what is assumed of them.
+
+    `mfu` is the share of the peak rate at which a step's operations run, the recompute of
+    checkpointing not counted. `reserve` is the share of the memory left for workspace and gaps.
+    `bucket` is DeepSpeed's bucket in values.
+    """
+
+    gpus: int
+    gpu: Gpu
+    gpus_per_node: int = 8
+    nvlink: float | None = None
+    network: float | None = None
+    mfu: float = 0.5
+    reserve: float = 0.1
+    bucket: float = 5e8
+
+    def __post_init__(self) -> None:
+        for option, value, fits in (
+            ("--gpus", self.gpus, self.gpus >= 1),
+            ("--gpus-per-node", self.gpus_per_node, self.gpus_per_node >= 1),
+            ("--nvlink", self.nvlink, self.nvlink is None or self.nvlink > 0),
+            ("--network", self.network, self.network is None or self.network > 0),
+            ("--mfu", self.mfu, 0 < self.mfu <= 1),
+            ("--reserve", self.reserve, 0 <= self.reserve < 1),
+            ("--bucket", self.bucket, self.bucket > 0),
+        ):
+            if not fits:
+                raise ValueError(f"{option}: {value} does not fit; see fastjepa plan --help")
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that a run may fill."""
+        return self.gpu.memory * (1.0 - self.reserve)
+
+    @property
+    def link(self) -> float:
+        """Bytes a second of the slowest link of a ring over all GPUs."""
+        return ring_bandwidth(
+            self.gpus,
+            ranks_per_node=self.gpus_per_node,
+            nvlink=self.nvlink or self.gpu.nvlink,
+            network=self.network or self.gpu.network,
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a step: its products, its update, its communication, and their sum where all of
+    the communication waits for the products (`exposed`) or runs beside them (`hidden`)."""
+
+    compute: float
+    update: float
+    communication: float
+
+    @property
+    def exposed(self) -> float:
+        return self.compute + self.communication + self.update
+
+    @property
+    def hidden(self) -> float:
+        return max(self.compute, self.communication) + self.update
+
+
+@dataclass(frozen=True)
+class LayoutPlan:
+    """One layout of the states on this many ranks; pairs are without and with checkpointing.
+
+    `gathered` are the bytes of communication buckets and of stage 3's gathered block;
+    `activations` those of the largest stream at its batch; `largest` is the largest batch of each
+    stream that fits. `timing` is None where the layout cannot run on so many ranks.
+    """
+
+    states: StateBytes
+    gathered: int
+    activations: tuple[Activations, Activations]
+    largest: dict[str, tuple[int, int]]
+    traffic: Traffic
+    timing: Timing | None
+
+    def total(self, *, checkpointing: bool) -> int:
+        """Bytes a rank holds at the height of a step."""
+        return self.states.total + self.gathered + self.activations[checkpointing].total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `fastjepa plan` prints.
+
+    `flops` are the busiest rank's operations in a step, `recompute` those among them that
+    checkpointing repeats; `samples` are an update's over all ranks. `roles` are the reference's
+    split into image and video ranks and the balanced one, if they were asked for.
+    """
+
+    cluster: Cluster
+    numbers: Estimate
+    flops: float
+    recompute: float
+    samples: float
+    steps: int
+    checkpointing: bool
+    layouts: dict[Layout, LayoutPlan]
+    roles: tuple[Roles, Roles] | None
+
+    @property
+    def hardware_share(self) -> float:
+        """Share of the peak at which the GPU has to run, the recompute counted."""
+        return self.cluster.mfu * self.flops / (self.flops - self.recompute)
+
+    def days(self, step: float) -> float:
+        """Days of the whole recipe at `step` seconds a step."""
+        return self.steps * step / 86_400
+
+    def gpu_hours(self, step: float) -> float:
+        """Hours of all GPUs together for the whole recipe."""
+        return 24 * self.days(step) * self.cluster.gpus
+
+
+def make_plan(
+    recipe: Recipe, resolved: Resolved, cluster: Cluster, *, rank_ratio: float | None = None
+) -> Plan:
+    """The plan of `recipe` on `cluster`, with `rank_ratio` for ranks of images and of videos.
+
+    Raises ValueError for a utilisation that the recompute makes impossible, and for roles that a
+    recipe or so many ranks cannot have.
+    """
+    numbers = estimate(recipe, resolved)
+    costs = StreamCosts(recipe, resolved)
+    accumulate = recipe.optim.accumulate
+    roles, streams = None, dict(resolved.streams)
+    works = [[(part, part.passes) for part in numbers.parts.values()]]
+    samples = resolved.clips_per_step * cluster.gpus
+    if rank_ratio is not None:
+        roles = _roles(costs, resolved.streams, cluster.gpus, rank_ratio)
+        even = {"video": roles[1].video, "image": roles[1].image}
+        for name, role in even.items():
+            streams[name] = replace(streams[name], clips=max(role.batches))
+        works = [[(costs.part(stream), accumulate)] for stream in streams.values()]
+        samples = accumulate * float(sum(role.samples for role in even.values()))
+    flops, recompute = max(_operations(work) for work in works)
+    plan = Plan(
+        cluster, numbers, flops, recompute, samples, resolved.steps, recipe.model.checkpointing,
+        {
+            layout: _layout(
+                costs, cluster, layout, streams, flops - recompute,
+                passes=sum(passes for _, passes in works[0]),
+            )
+            for layout in LAYOUTS
+        },
+        roles,
+    )  # fmt: skip
+    if plan.hardware_share > 1.0:
+        raise ValueError(
+            f"--mfu: {cluster.mfu:g} without the recompute of checkpointing is "
+            f"{plan.hardware_share:.2f} of the peak with it; expected at most "
+            f"{cluster.mfu / plan.hardware_share:.2f}"
+        )
+    return plan
+
+
+def _operations(work: Sequence[tuple[Part, float]]) -> tuple[float, float]:
+    """Operations of a rank's step, and those among them that are recomputed."""
+    parts = [(part.flops, passes) for part, passes in work]
+    return (
+        sum(passes * flops.total for flops, passes in parts),
+        sum(passes * flops.recompute for flops, passes in parts),
+    )
+
+
+def _layout(
+    costs: StreamCosts,
+    cluster: Cluster,
+    layout: Layout,
+    streams: dict[str, Stream],
+    model_flops: float,
+    *,
+    passes: float,
+) -> LayoutPlan:
+    ranks, sizes = cluster.gpus, (costs.encoder_parameters, costs.predictor_parameters)
+    trained = sum(sizes)
+    states = state_bytes(*sizes, layout=layout, ranks=ranks, autocast=costs.autocast)
+    gathered = 0
+    if layout != "torch" and ranks > 1:
+        # Two buckets, one filling while the other is sent.
+        gathered = 2 * _BF16 * int(min(cluster.bucket, trained))
+    if layout == "zero3":
+        gathered += _BF16 * block_parameters(costs.encoder.width, costs.encoder.mlp_width)
+    room = int(cluster.usable) - states.total - gathered
+    plain, checkpointed = (
+        max(
+            (
+                costs.activations(
+                    stream,
+                    costs.tokens(stream),
+                    checkpointing=checkpointing,
+                    float32_weights=layout == "torch",
+                )
+                for stream in streams.values()
+            ),
+            key=lambda held: held.total,
+        )
+        for checkpointing in (False, True)
+    )
+    traffic = step_traffic(*sizes, layout=layout, ranks=ranks, passes=passes)
+    shards = 1 if layout in ("torch", "zero0") else ranks
+    update = (_ADAMW_BYTES * trained + _EMA_BYTES * sizes[0]) / shards
+    timing = Timing(
+        compute=model_flops / (cluster.mfu * cluster.gpu.bf16_flops),
+        update=update / cluster.gpu.memory_bandwidth,
+        communication=traffic.total / cluster.link,
+    )
+    return LayoutPlan(
+        states,
+        gathered,
+        (plain, checkpointed),
+        {
+            name: (
+                _largest(costs, stream, layout, room, checkpointing=False),
+                _largest(costs, stream, layout, room, checkpointing=True),
+            )
+            for name, stream in streams.items()
+        },
+        traffic,
+        None if layout == "torch" and ranks > 1 else timing,
+    )
+
+
+def _largest(
+    costs: StreamCosts, stream: Stream, layout: Layout, room: int, *, checkpointing: bool
+) -> int:
+    """The largest batch of `stream` whose activations fit `room` bytes; 0 if none does.
+
+    A clip keeps fewer tokens in a larger batch. So masks are drawn for batches of powers of two,
+    and a batch is held to need what its clips need in the next smaller one drawn.
+    """
+    drawn, most = _LARGEST_DRAWN, 0
+    while drawn:
+        tokens = costs.tokens(replace(stream, clips=drawn))
+
+        def needed(clips: int, tokens: list[TokenNumbers] = tokens) -> int:
+            return costs.activations(
+                replace(stream, clips=clips), tokens, checkpointing=checkpointing,
+                float32_weights=layout == "torch",
+            ).total  # fmt: skip
+
+        whole = needed(1)
+        each = needed(2) - whole
+        most = 1 + (room - whole) // each
+        if most >= drawn:
+            return most
+        drawn //= 2
+    return 0
+
+
+def _roles(
+    costs: StreamCosts, streams: dict[str, Stream], ranks: int, ratio: float
+) -> tuple[Roles, Roles]:
+    """The reference's split and the balanced one.
+
+    A batch's size changes what its masks leave a clip, so costs are taken again at the batches
+    found, until these stay.
+    """
+    if set(streams) != {"video", "image"}:
+        raise ValueError(
+            f"--rank-ratio: expected a recipe with the streams video and image, this one has "
+            f"{', '.join(streams)}"
+        )
+    image, video = streams["image"], streams["video"]
+    batches = image.clips, video.clips
+
+    def costs_at(images: int, videos: int) -> Costs:
+        one, other = (
+            costs.part(replace(stream, clips=clips)).flops.total / clips
+            for stream, clips in ((image, images), (video, videos))
+        )
+        return Costs(image=one, video=other)
+
+    def split(of: Callable[..., Roles], at: Costs) -> Roles:
+        return of(ranks, ratio, image_batch=image.clips, video_batch=video.clips, costs=at)
+
+    as_reference = split(by_ratio, costs_at(*batches))
+    for _ in range(_ROUNDS):
+        even = split(by_work, costs_at(*batches))
+        found = max(even.image.batches), max(even.video.batches)
+        if found == batches:
+            break
+        batches = found
+    return as_reference, replace(even, costs=costs_at(*batches))
