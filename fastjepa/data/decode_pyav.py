@@ -194,7 +194,7 @@ def _frames_around(
     """
     stream = video_stream(container, path)
     if time <= 0.0 or stream.start_time is None:
-        yield from _decode(container, stream, after_seek=False)
+        yield from _decode(path, container, stream, after_seek=False)
         return
     for margin in _SEEK_MARGINS:
         offset = stream.start_time + int(max(0.0, time - margin) / _tick(stream))
@@ -202,40 +202,48 @@ def _frames_around(
             container.seek(offset, stream=stream)
         except av.FFmpegError:
             break
-        shown = _decode(container, stream, after_seek=True)
+        shown = _decode(path, container, stream, after_seek=True)
         first = next(shown, None)
         if first is not None and first.time <= time:
             yield first
             yield from shown
             return
     with open_container(path, cache) as fresh:
-        yield from _decode(fresh, video_stream(fresh, path), after_seek=False)
+        yield from _decode(path, fresh, video_stream(fresh, path), after_seek=False)
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, *, after_seek: bool
+    path: str, container: InputContainer, stream: VideoStream, *, after_seek: bool
 ) -> Iterator[_Shown]:
     """Decode on from where the container stands.
 
     After a seek, frames before the keyframe are left out: they need frames that were not read (open
-    GOP).
+    GOP). Frames after damage are DecodeError: they may be made of what was lost.
     """
     tick, start = _tick(stream), stream.start_time or 0
     rate = stream.average_rate or stream.guessed_rate
     usual = float(1 / rate) if rate else 0.04
-    first = None
+    first = hurt = last = None
     end = 0.0
     for packet in container.demux(stream):
         if packet.is_corrupt:
+            hurt = packet.pts if hurt is None else hurt
             continue
         if first is None and packet.is_keyframe:
             first = packet.pts
         for frame in packet.decode():
-            if frame.is_corrupt or (after_seek and _before(frame, first)):
+            if after_seek and _before(frame, first):
                 continue
             pts = frame.dts if frame.pts is None else frame.pts
-            if pts is None:
+            if pts is None or (last is not None and pts <= last):
+                # AVI keeps no times and those guessed for B-frames go back; frames come in order.
                 pts = start + round(end / tick)
+            if frame.is_corrupt:
+                hurt = pts if hurt is None else hurt
+                continue
+            if last is not None and hurt is not None and pts > hurt:
+                raise DecodeError(path, f"is damaged at {(hurt - start) * tick:.2f} s")
+            last = pts
             end = (pts - start) * tick + (frame.duration * tick if frame.duration else usual)
             yield _Shown(seconds_of(pts, start, tick), end, frame)
 
