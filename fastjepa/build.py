@@ -31,7 +31,7 @@ from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.loop import Trainer
 from fastjepa.train.plan import StepPlan
-from fastjepa.train.state import load_initial, resume
+from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -80,7 +80,9 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
     )
     folder = recipe.run.folder
     checkpoint = resume(folder, jepa, engine, guard)
+    samples_per_step = {n: s.clips * recipe.optim.accumulate for n, s in streams.items()}
     if checkpoint is not None:
+        check_samples(checkpoint, samples_per_step)
         console.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
     elif recipe.train.init_from is not None:
         parts = load_initial(recipe.train.init_from, jepa)
@@ -98,7 +100,11 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         ),
         tokens={name: stream.tokens for name, stream in streams.items()},
         folder=folder,
-        facts={"model": encoder_sizes(recipe, resolved), "predictor": asdict(resolved.predictor)},
+        facts={
+            "model": encoder_sizes(recipe, resolved),
+            "predictor": asdict(resolved.predictor),
+            "samples_per_step": samples_per_step,
+        },
         console=console,
         log_every=recipe.train.log_every,
         checkpoint_every=recipe.train.checkpoint_every,

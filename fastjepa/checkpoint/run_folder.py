@@ -15,7 +15,8 @@ from fastjepa.checkpoint.tensor_file import CheckpointError
 RECIPE = "recipe.yaml"
 _FINGERPRINT = "# fingerprint: "
 
-# Keys that a run may change on the way: none of them changes what a step computes.
+# Keys that a run may change on the way: none of them changes what a step computes. (Accumulation
+# makes up for other ranks: a checkpoint knows how many samples a step has to take.)
 _FREE_KEYS = frozenset(
     {
         "run.folder",
@@ -26,6 +27,7 @@ _FREE_KEYS = frozenset(
         "data.workers",
         "data.prefetch",
         "engine.threads",
+        "optim.accumulate",
     }
 )
 _FREE_SECTIONS = ("observe.",)

@@ -1,5 +1,6 @@
 """A run's state to and from a checkpoint: weights, moments, EMA, guard, random numbers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from fastjepa.checkpoint import (
     Checkpoint,
+    CheckpointError,
     latest_checkpoint,
     load_checkpoint,
     load_strict,
@@ -64,6 +66,22 @@ def resume(folder: Path, jepa: Jepa, engine: TorchEngine, guard: LossGuard) -> C
     guard.load(checkpoint.tensors["guard"])
     unpack_rng(checkpoint.tensors["rng"])
     return checkpoint
+
+
+def check_samples(checkpoint: Checkpoint, samples_per_step: Mapping[str, int]) -> None:
+    """Raise CheckpointError where a step takes other numbers of samples than the run's steps did.
+
+    The place in the data is steps x samples a step: it would jump back or ahead.
+    """
+    before: Mapping[str, int] = checkpoint.state["samples_per_step"]
+    for stream, now in samples_per_step.items():
+        if now != before.get(stream):
+            raise CheckpointError(
+                f"{checkpoint.path}: a step took {before.get(stream, 0)} samples of {stream} and "
+                f"would take {now}, so that data would be repeated or left out; batch x "
+                "optim.accumulate x ranks must stay the same (half the ranks, twice the "
+                "optim.accumulate)"
+            )
 
 
 def load_initial(path: Path, jepa: Jepa) -> tuple[str, ...]:

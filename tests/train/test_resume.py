@@ -90,6 +90,9 @@ def test_finished_run_says_so(write_recipe: Write) -> None:
     code, out = run(recipe, "train.steps=2")
     assert code == 0
     assert "holds all 2 steps" in out
+    code, out = run(recipe, "train.steps=4", "optim.accumulate=2")
+    assert code == 2
+    assert "a step took 2 samples of video and would take 4" in out
     assert run(recipe, "train.steps=4")[0] == 0
     folder = recipe.with_suffix("")
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
