@@ -55,4 +55,4 @@ def _resize(frames_THWC: Frame, height: int, width: int, *, antialias: bool, fli
     )
     # Its memory is channels last still; NumPy brings that to planes in half of torch's time.
     resized_CTHW = resized_TCHW.numpy().transpose(1, 0, 2, 3)
-    return torch.from_numpy(np.ascontiguousarray(resized_CTHW[..., :: -1 if flip else 1]))
+    return torch.from_numpy(resized_CTHW[..., :: -1 if flip else 1].copy(order="C"))
