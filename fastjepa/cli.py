@@ -15,6 +15,8 @@ app = typer.Typer(
 )  # fmt: skip
 config_app = typer.Typer(no_args_is_help=True, help="Look at recipes, and import official ones.")
 app.add_typer(config_app, name="config")
+synth_app = typer.Typer(no_args_is_help=True, help="Write labelled synthetic videos.")
+app.add_typer(synth_app, name="synth")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 app.add_typer(bench_app, name="bench")
 
@@ -248,6 +250,36 @@ def config_import(
     else:
         out.write_text(text, encoding="utf-8")
         typer.echo(f"wrote {out}")
+
+
+@synth_app.command("moving-digits")
+def synth_moving_digits(
+    out: Annotated[Path, typer.Argument(help="folder to write to")],
+    count: Annotated[int, typer.Option(help="videos")] = 100,
+    frames: Annotated[int, typer.Option(help="frames of a video")] = 48,
+    height: Annotated[int, typer.Option(help="pixels")] = 128,
+    width: Annotated[int, typer.Option(help="pixels")] = 128,
+    fps: Annotated[float, typer.Option(help="frames a second")] = 12.0,
+    digits: Annotated[int, typer.Option(help="digits of a video")] = 2,
+    split: Annotated[str, typer.Option(help="train or test: no digit image is in both")] = "train",
+    seed: Annotated[int, typer.Option(help="same seed, same files")] = 0,
+    codec: Annotated[str, typer.Option(help="h264, hevc, vp9, vp8, av1, mpeg4, mjpeg")] = "h264",
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+) -> None:
+    """Handwritten digits moving over textures, with masks, classes, positions and velocities."""
+    from rich.progress import track
+
+    from fastjepa.data.moving_digits import MovingDigits
+    from fastjepa.data.write_digits import write_digits
+
+    source = MovingDigits(
+        frames=frames, height=height, width=width, fps=fps, num_digits=digits, seed=seed,
+        split=split,  # type: ignore[arg-type]
+    )  # fmt: skip
+    written = write_digits(out, source, count, codec=codec, workers=workers)
+    for _ in track(written, "writing", total=count):
+        pass
+    typer.echo(f"{out}: {count} videos, labels in .npz files, manifest.csv")
 
 
 @bench_app.command("kernels")

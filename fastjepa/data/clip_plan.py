@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastjepa.data.uniforms import uniforms
+
 _CROP_TRIES = 10
 # dataset, file, start, flip, then scale, aspect, top and left of each crop that may be tried
 _WORDS = 4 + 4 * _CROP_TRIES
@@ -78,17 +80,9 @@ def plan_clip(
     with probability `flip`. `stream` tells apart loaders that share a seed (videos and images of
     one run).
     """
-    u = _uniforms(seed, stream, index, attempt)
+    u = uniforms(_WORDS, seed, stream, index, attempt)
     crops = u[4:].reshape(_CROP_TRIES, 4).copy()
     crops[:, 0] = scale[0] + crops[:, 0] * (scale[1] - scale[0])
     low, high = math.log(aspect[0]), math.log(aspect[1])
     crops[:, 1] = np.exp(low + crops[:, 1] * (high - low))
     return ClipPlan(float(u[0]), float(u[1]), float(u[2]), bool(u[3] < flip), crops, aspect)
-
-
-def _uniforms(seed: int, stream: int, index: int, attempt: int) -> np.ndarray:
-    """Float64 [_WORDS] in [0, 1), by raw words: NumPy may change what a Generator makes of them."""
-    key = np.array([seed, stream], np.uint64)
-    counter = np.array([0, attempt, index, 0], np.uint64)
-    words = np.random.Philox(key=key, counter=counter).random_raw(_WORDS)
-    return (words >> np.uint64(11)) * 2.0**-53

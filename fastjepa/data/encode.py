@@ -5,8 +5,10 @@ write_video(Path("clip.mp4"), pictures, "h264", fps=24)
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -68,49 +70,52 @@ def write_video(
     display matrix turns it by `rotation` degrees counterclockwise. Raises ValueError for a codec
     that is unknown or that this PyAV cannot encode, and when there is no picture.
     """
-    encoding = _encoding(codec) if isinstance(codec, str) else codec
+    encoding = check_codec(codec) if isinstance(codec, str) else codec
     rate = Fraction(fps).limit_denominator(1001)
     unit = tick or 1 / rate
     # SVT-AV1 tells its settings on stderr otherwise.
     os.environ.setdefault("SVT_LOG", "1")
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with av.open(str(temporary), "w", options=dict(container_options or {})) as container:
-            stream: VideoStream | None = None
-            for picture, time in zip(pictures, pts or _count(), strict=False):
-                if stream is None:
-                    settings = {**encoding.options, **(options or {})}
-                    stream = cast(
-                        VideoStream,
-                        container.add_stream(encoding.encoder, rate=rate, options=settings),
-                    )
-                    stream.height, stream.width = picture.shape[:2]
-                    stream.pix_fmt = pix_fmt or encoding.pix_fmt
-                    stream.time_base = stream.codec_context.time_base = unit
-                    # The bytes must not depend on the machine; libvpx's threads spin besides.
-                    stream.codec_context.thread_count = 1
-                    if rotation is not None:
-                        stream.set_display_rotation(rotation)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                frame.pts, frame.time_base = time, unit
-                container.mux(stream.encode(frame))
+    with (
+        whole_file(path) as temporary,
+        av.open(str(temporary), "w", options=dict(container_options or {})) as container,
+    ):
+        stream: VideoStream | None = None
+        for picture, time in zip(pictures, count() if pts is None else pts, strict=False):
             if stream is None:
-                raise ValueError(f"{path}: no picture to write")
-            container.mux(stream.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                settings = {**encoding.options, **(options or {})}
+                stream = cast(
+                    VideoStream,
+                    container.add_stream(encoding.encoder, rate=rate, options=settings),
+                )
+                stream.height, stream.width = picture.shape[:2]
+                stream.pix_fmt = pix_fmt or encoding.pix_fmt
+                stream.time_base = stream.codec_context.time_base = unit
+                # The bytes must not depend on the machine; libvpx's threads spin besides.
+                stream.codec_context.thread_count = 1
+                if rotation is not None:
+                    stream.set_display_rotation(rotation)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, unit
+            container.mux(stream.encode(frame))
+        if stream is None:
+            raise ValueError(f"{path}: no picture to write")
+        container.mux(stream.encode())
     return path
 
 
-def _count() -> Iterator[int]:
-    number = 0
-    while True:
-        yield number
-        number += 1
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of the same ending; what is there takes its place if no error comes."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _encoding(codec: str) -> Encoding:
+def check_codec(codec: str) -> Encoding:
+    """The settings of a codec. Raises ValueError if it is unknown or this PyAV cannot encode it."""
     if codec not in CODECS:
         raise ValueError(f"codec is {codec!r}, expected one of {', '.join(CODECS)}")
     if codec not in encodable():
