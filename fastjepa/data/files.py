@@ -5,6 +5,7 @@ buffers.
     files[1].path, len(files)
 """
 
+import os
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,17 @@ Kind = Literal["video", "image"]
 
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
+VIDEO_EXTENSIONS = frozenset(
+    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
+    | {".wmv", ".flv", ".3gp", ".ogv", ".gif", ".y4m"}
+)
+IMAGE_EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+
+
+class ManifestError(ValueError):
+    """The manifest cannot be used; the message names the file, the place and what fits."""
 
 
 class Entry(NamedTuple):
@@ -27,6 +39,14 @@ class Entry(NamedTuple):
     path: str
     kind: Kind
     weight: float = 1.0
+
+
+def kind_of(path: str | os.PathLike[str]) -> Kind | None:
+    """Tell a video from an image by the file's extension; None for anything else."""
+    extension = os.path.splitext(path)[1].lower()
+    if extension in VIDEO_EXTENSIONS:
+        return "video"
+    return "image" if extension in IMAGE_EXTENSIONS else None
 
 
 @dataclass(frozen=True, eq=False)

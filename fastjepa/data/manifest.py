@@ -1,94 +1,106 @@
-"""Which files there are: a folder, a glob, a file, a CSV, Parquet or JSONL list, package data.
+"""Which files there are: a folder, a glob, a file, a list, tar shards, package data; the first five
+in an object store, too.
 
-Text in, `list[Entry]` out, in an order that does not depend on the file system. Files named by a
-list are not opened here: a missing one shows when it is read, and is then counted by the
-quarantine.
+Text in, `Files` out, in an order that does not depend on the file system. Files named by a list are
+not opened here: a missing one shows when it is read, and is then counted by the quarantine.
 
     >>> read_manifest("package:sklearn/datasets/images")[0].kind
     'image'
 """
 
-import csv
 import glob
 import importlib.util
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from fastjepa.data.files import KINDS, Entry, Kind
-
-VIDEO_EXTENSIONS = frozenset(
-    {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts"}
-    | {".wmv", ".flv", ".3gp", ".ogv", ".gif", ".y4m"}
+from fastjepa.data.cache import DEFAULT, Cache
+from fastjepa.data.decoder import DecodeError
+from fastjepa.data.files import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Entry,
+    Files,
+    ManifestError,
+    kind_of,
 )
-IMAGE_EXTENSIONS = frozenset(
-    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-)
-COLUMNS = ("path", "weight", "kind")
+from fastjepa.data.lists import LISTS, read_list
+from fastjepa.data.quarantine import BadFile
+from fastjepa.data.remote import fetching, filesystem, is_remote
+from fastjepa.data.shards import COMPRESSED
+from fastjepa.data.storage import members_of
 
 
-class ManifestError(ValueError):
-    """The manifest cannot be used; the message names the file, the place and what fits."""
-
-
-def kind_of(path: str | Path) -> Kind | None:
-    """Tell a video from an image by the file's extension; None for anything else."""
-    extension = Path(path).suffix.lower()
-    if extension in VIDEO_EXTENSIONS:
-        return "video"
-    return "image" if extension in IMAGE_EXTENSIONS else None
-
-
-def read_manifest(path: str) -> list[Entry]:
+def read_manifest(path: str, cache: Cache = DEFAULT) -> Files:
     """List the videos and images that `path` stands for.
 
     A folder is walked recursively (links followed, hidden names left out) and sorted, a glob is
-    sorted, a list keeps its order. CSV and Parquet have the columns `path` and optionally `weight`
-    and `kind`, JSONL the same as keys; a CSV without a header holds `path label` lines, as the
-    official V-JEPA files do. Relative paths start at the list's folder. `package:NAME/FOLDER` is a
-    folder inside an installed package, which is not imported. Raises ManifestError when nothing is
-    there, nothing fits, or a column or value is not known.
+    sorted, a list keeps its order (see lists.py); tars stand for their members. All of these may be
+    `scheme://...` addresses of fsspec. `package:NAME/FOLDER` is a folder inside an installed
+    package, which is not imported. Raises ManifestError when nothing is there, nothing fits, or a
+    list is not as it should be.
     """
     if path.startswith("package:"):
-        return _read_folder(_package_folder(path), path)
+        return _media(sorted(_walk(_package_folder(path))), path, cache)
+    if is_remote(path):
+        try:
+            with fetching(path):
+                return _read_remote(path, cache)
+        except ManifestError:
+            raise
+        except ValueError as error:
+            raise ManifestError(str(error)) from None
     place = Path(path).expanduser()
     if place.is_dir():
-        return _read_folder(place, path)
+        return _media(sorted(_walk(place)), path, cache)
     if place.is_file():
-        return _read_file(place)
+        return _read_file(str(place), cache)
     if glob.has_magic(path):
-        return _media_only(sorted(glob.glob(str(place), recursive=True)), path)
+        found = sorted(glob.glob(str(place), recursive=True))
+        return _media(_uncompressed(found), path, cache)
     raise ManifestError(f"{path}: no such file or folder")
 
 
-def _read_file(place: Path) -> list[Entry]:
-    kind = kind_of(place)
+def _read_file(address: str, cache: Cache) -> Files:
+    kind = kind_of(address)
     if kind is not None:
-        return [Entry(str(place), kind)]
-    readers = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    reader = readers.get(place.suffix.lower())
-    if reader is None:
+        return Files.of([Entry(address, kind)])
+    if address.lower().endswith((".tar", *COMPRESSED)):
+        return _media(_uncompressed([address]), address, cache)
+    if os.path.splitext(address)[1].lower() not in LISTS:
         raise ManifestError(
-            f"{place}: neither a video nor an image nor a list ({', '.join(readers)})"
+            f"{address}: neither a video nor an image nor a list ({', '.join(LISTS)}) nor a tar"
         )
-    try:
-        entries = [_entry(row, place, where) for where, row in reader(place)]
-    except csv.Error as error:
-        raise ManifestError(f"{place}: not a readable CSV file ({error})") from None
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{place}: not UTF-8 text ({error.reason})") from None
-    if not entries:
-        raise ManifestError(f"{place}: the list is empty")
-    if not any(entry.weight for entry in entries):
-        raise ManifestError(f"{place}: every weight is 0, nothing could be drawn")
-    return entries
+    if not is_remote(address):
+        with open(address, "rb") as handle:
+            return read_list(handle, address)
+    files, inside = filesystem(address)
+    with files.open(inside, "rb") as handle:
+        return read_list(handle, address)
 
 
-def _read_folder(folder: Path, named: str) -> list[Entry]:
-    return _media_only(sorted(_walk(folder)), named)
+def _read_remote(address: str, cache: Cache) -> Files:
+    files, inside = filesystem(address)
+    if glob.has_magic(address):
+        start = len(re.split(r"[*?[]", inside)[0].rpartition("/")[0])
+        found = _visible(files, files.glob(inside), start)
+        return _media(_uncompressed(found), address, cache)
+    if files.isfile(inside):
+        return _read_file(address, cache)
+    if files.isdir(inside):
+        return _media(_visible(files, files.find(inside), len(inside)), address, cache)
+    raise ManifestError(f"{address}: no such file or folder")
+
+
+def _visible(files: Any, names: list[str], start: int) -> list[str]:
+    """Addresses, sorted, of the names with nothing hidden from `start` on."""
+    return sorted(files.unstrip_protocol(name) for name in names if not _hidden(name[start:]))
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") and part.strip(".") for part in name.split("/"))
 
 
 def _walk(folder: Path) -> Iterator[str]:
@@ -104,14 +116,47 @@ def _walk(folder: Path) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in files if not name.startswith("."))
 
 
-def _media_only(paths: list[str], named: str) -> list[Entry]:
-    entries = [Entry(path, kind) for path in paths if (kind := kind_of(path)) is not None]
-    if not entries:
+def _uncompressed(paths: list[str]) -> list[str]:
+    for path in paths:
+        if path.lower().endswith(COMPRESSED):
+            raise ManifestError(
+                f"{path}: a compressed tar, whose members cannot be read one by one; "
+                "unpack it to a plain .tar"
+            )
+    return paths
+
+
+def _media(paths: Sequence[str], named: str, cache: Cache) -> Files:
+    """The media files among `paths`, and those in their tars; a tar that is none is a bad file."""
+    bad: list[BadFile] = []
+    files = Files.of(_entries(paths, cache, bad), bad)
+    if not files:
+        why = f"; {bad[0][0]}: {bad[0][1]}" if bad else ""
         known = " ".join(sorted(VIDEO_EXTENSIONS | IMAGE_EXTENSIONS))
         raise ManifestError(
-            f"{named}: {len(paths)} files, none of them a video or an image ({known})"
+            f"{named}: {len(paths)} files, none of them a video or an image ({known}), "
+            f"nor an uncompressed .tar of such{why}"
         )
-    return entries
+    return files
+
+
+def _entries(paths: Sequence[str], cache: Cache, bad: list[BadFile]) -> Iterator[Entry]:
+    for path in paths:
+        kind = kind_of(path)
+        if kind is not None:
+            yield Entry(path, kind)
+        elif path.lower().endswith(".tar"):
+            try:
+                with fetching(path):
+                    members = members_of(path, cache)
+            except DecodeError as error:
+                bad.append((path, error.reason))
+                continue
+            for name in members.names():
+                member = name.decode("utf-8", "surrogateescape")
+                kind = None if _hidden(member) else kind_of(member)
+                if kind is not None:
+                    yield Entry(f"{path}::{member}", kind)
 
 
 def _package_folder(named: str) -> Path:
@@ -127,122 +172,3 @@ def _package_folder(named: str) -> Path:
         if place.is_dir():
             return place
     raise ManifestError(f"{named}: package {name!r} has no folder {folder!r}")
-
-
-Rows = Iterator[tuple[str, Mapping[str, object]]]
-
-
-def _csv_rows(place: Path) -> Rows:
-    with place.open(encoding="utf-8-sig", newline="") as file:
-        lines = [(i, line) for i, line in enumerate(file, start=1) if line.strip()]
-    if not lines:
-        return
-    first = lines[0][1]
-    names = [name.strip() for name in next(csv.reader([first]))]
-    if "path" not in names and (len(names) == 1 or kind_of(names[0]) or _official_path(first)):
-        yield from _official_rows(place, lines)
-        return
-    _check_columns(names, place)
-    rows = csv.reader(line for _, line in lines[1:])
-    for row in rows:
-        where = f"row {rows.line_num}"
-        if len(row) != len(names):
-            raise ManifestError(f"{place}, {where}: {len(row)} fields, expected {len(names)}")
-        yield where, dict(zip(names, (field.strip() for field in row), strict=True))
-
-
-def _official_rows(place: Path, lines: Iterable[tuple[int, str]]) -> Rows:
-    for number, line in lines:
-        path = _official_path(line)
-        if path is None:
-            raise ManifestError(
-                f"{place}, line {number}: found {line.strip()[:80]!r}, expected `path label`, "
-                f"or a first line of column names ({', '.join(COLUMNS)})"
-            )
-        yield f"line {number}", {"path": path}
-
-
-def _official_path(line: str) -> str | None:
-    """The path of `path label` or `path::label`, None for another line; labels are not used."""
-    path, _, label = line.strip().rpartition("::" if "::" in line else " ")
-    try:
-        float(label)
-    except ValueError:
-        return None
-    return path.strip().strip('"') or None
-
-
-def _jsonl_rows(place: Path) -> Rows:
-    with place.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ManifestError(f"{place}, line {number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ManifestError(
-                    f"{place}, line {number}: expected an object, found {line[:80]!r}"
-                )
-            _check_columns(list(row), place)
-            yield f"line {number}", row
-
-
-def _parquet_rows(place: Path) -> Rows:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ManifestError(
-            f"{place}: reading Parquet needs pyarrow (pip install pyarrow)"
-        ) from None
-    try:
-        with parquet.ParquetFile(place) as file:
-            _check_columns(list(file.schema_arrow.names), place)
-            number = 0
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ManifestError(f"{place}: not a readable Parquet file ({error})") from None
-
-
-def _check_columns(names: list[str], place: Path) -> None:
-    known = f"known columns: {', '.join(COLUMNS)}"
-    for name in names:
-        if name not in COLUMNS:
-            near = get_close_matches(name, COLUMNS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ManifestError(f"{place}: unknown column {name!r} ({known}){hint}")
-    if "path" not in names:
-        raise ManifestError(f"{place}: no column 'path' ({known})")
-    if len(set(names)) < len(names):
-        raise ManifestError(f"{place}: a column is named twice ({', '.join(names)})")
-
-
-def _entry(row: Mapping[str, object], place: Path, where: str) -> Entry:
-    path = row.get("path")
-    if not isinstance(path, str) or not path:
-        raise ManifestError(f"{place}, {where}: path is {path!r}, expected a file's path")
-    kind = row.get("kind") or kind_of(path)
-    if kind not in KINDS:
-        raise ManifestError(
-            f"{place}, {where}: {path!r} is of kind {kind!r}, expected 'video' or 'image' "
-            "(by its extension, or in a column 'kind')"
-        )
-    full = os.path.join(place.parent, os.path.expanduser(path))
-    return Entry(full, kind, _weight(row.get("weight"), place, where))
-
-
-def _weight(value: object, place: Path, where: str) -> float:
-    if value is None or value == "":
-        return 1.0
-    try:
-        weight = float(value) if isinstance(value, str | int | float) else math.nan
-    except ValueError:
-        weight = math.nan
-    if not (math.isfinite(weight) and weight >= 0.0):
-        raise ManifestError(f"{place}, {where}: weight is {value!r}, expected a number, 0 or more")
-    return weight

@@ -12,8 +12,7 @@ from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.decode_image import decode_image
 from fastjepa.data.decode_pyav import decode_clip
 from fastjepa.data.decoder import DecodeError, Frame, FrameTransform
-from fastjepa.data.files import Kind
-from fastjepa.data.manifest import kind_of
+from fastjepa.data.files import Kind, kind_of
 
 
 def decode_media(

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 from fastjepa.data.decoder import DecodeError
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What stores raise besides OSError, by the module that has it.
 _STORE_ERRORS = {
     "aiohttp": "ClientError",
@@ -27,7 +27,7 @@ _CHUNK = 2**22
 
 def is_remote(address: str) -> bool:
     """Whether fsspec reads it, rather than the operating system."""
-    return _SCHEME.match(address) is not None
+    return SCHEME.match(address) is not None
 
 
 def filesystem(address: str) -> tuple[Any, str]:

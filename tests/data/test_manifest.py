@@ -1,13 +1,19 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
-from fastjepa.data.manifest import Entry, ManifestError, read_manifest
+from fastjepa.data.cache import Cache
+from fastjepa.data.files import Entry, ManifestError
+from fastjepa.data.manifest import read_manifest
 
 
 def test_a_folder_is_walked_sorted_and_only_media_is_taken(tmp_path: Path) -> None:
@@ -142,3 +148,152 @@ def test_a_folder_without_media(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ManifestError, match="1 files, none of them a video or an image"):
         read_manifest(str(tmp_path))
+
+
+# --- Parquet goes in whole columns: it must say what a list read row by row says ---
+
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "path": st.sampled_from(
+                ["a.mp4", "/d/ü.MKV", "~/b.png", "s3://b/c.webm", "x.tar::d/e.jpg", "no", "", None]
+            ),
+            "weight": st.sampled_from([None, 0.0, 1.0, 2.5, -1.0, float("nan"), float("inf")]),
+            "kind": st.sampled_from([None, "", "video", "image", "movie"]),
+        }
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(ROWS, st.sets(st.sampled_from(["weight", "kind"])))
+def test_parquet_says_what_jsonl_says(
+    tmp_path: Path, rows: list[dict[str, object]], left_out: set[str]
+) -> None:
+    names = [name for name in ("path", "weight", "kind") if name not in left_out]
+    types = {"path": pyarrow.string(), "weight": pyarrow.float64(), "kind": pyarrow.string()}
+    columns = {name: pyarrow.array([row[name] for row in rows], types[name]) for name in names}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=4)
+    text = "\n".join(json.dumps({name: row[name] for name in names}) for row in rows)
+    (tmp_path / "a.jsonl").write_text(text)
+    said = []
+    for name in ("a.parquet", "a.jsonl"):
+        try:
+            said.append(list(read_manifest(str(tmp_path / name))))
+        except ManifestError as error:
+            said.append(str(error).replace(name, "list").replace("line", "row"))
+    assert said[0] == said[1]
+
+
+def test_columns_of_other_types_and_long_lists(tmp_path: Path) -> None:
+    paths = [f"d/{i}.mp4" for i in range(150_000)]
+    columns = {
+        "path": pyarrow.array(paths, pyarrow.large_string()),
+        "weight": pyarrow.array([i % 3 for i in range(150_000)], pyarrow.int16()),
+        "kind": pyarrow.array(["video"] * 150_000).dictionary_encode(),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    files = read_manifest(str(tmp_path / "a.parquet"))
+    assert len(files) == 150_000
+    assert files[149_999] == Entry(str(tmp_path / "d/149999.mp4"), "video", 2.0)
+    assert files[-1] == files[149_999]
+    assert [e.path for e in files[70_000:70_002]] == [
+        f"{tmp_path}/d/{i}.mp4" for i in (70000, 70001)
+    ]
+
+
+# --- shards and stores ---
+
+
+def _write_tar(path: Path, names: list[str], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+
+
+MEMBERS = [
+    "1/b.mp4",
+    "1/a.jpg",
+    "1/a.json",
+    "1/._x.png",
+    "./.hidden/y.mp4",
+    "../z.webm",
+    "dir.mp4/",
+]
+
+
+def test_a_tar_stands_for_its_media_files(tmp_path: Path) -> None:
+    _write_tar(tmp_path / "s/0.tar", MEMBERS)
+    _write_tar(tmp_path / "s/1.tar", ["c.mp4"])
+    (tmp_path / "s/d.mp4").touch()
+    first = [
+        Entry(f"{tmp_path}/s/0.tar::../z.webm", "video"),
+        Entry(f"{tmp_path}/s/0.tar::1/a.jpg", "image"),
+        Entry(f"{tmp_path}/s/0.tar::1/b.mp4", "video"),
+    ]
+    second = Entry(f"{tmp_path}/s/1.tar::c.mp4", "video")
+    assert read_manifest(f"{tmp_path}/s/0.tar") == first
+    assert read_manifest(f"{tmp_path}/s/*.tar") == [*first, second]
+    assert read_manifest(f"{tmp_path}/s") == [*first, second, Entry(f"{tmp_path}/s/d.mp4", "video")]
+
+
+def test_a_tar_that_is_none_is_one_bad_file_among_good_ones(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(ManifestError, match=r"nor an uncompressed \.tar.*0\.tar: not an uncomp"):
+        read_manifest(str(tmp_path / "0.tar"))
+    _write_tar(tmp_path / "1.tar", ["c.mp4"])
+    files = read_manifest(str(tmp_path))
+    assert [entry.path for entry in files] == [f"{tmp_path}/1.tar::c.mp4"]
+    ((path, reason),) = files.bad
+    assert path == f"{tmp_path}/0.tar"
+    assert reason.startswith("not an uncompressed tar")
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.tar.xz"])
+def test_a_compressed_tar_is_refused(tmp_path: Path, name: str) -> None:
+    _write_tar(tmp_path / name, ["c.mp4"], f"w:{'gz' if 'gz' in name else 'xz'}")
+    for path in (str(tmp_path / name), f"{tmp_path}/a.t*"):
+        with pytest.raises(ManifestError, match=r"a compressed tar.*unpack it"):
+            read_manifest(path)
+    (tmp_path / name).rename(tmp_path / "b.tar")
+    with pytest.raises(ManifestError, match=r"b\.tar: not an uncompressed tar"):
+        read_manifest(str(tmp_path / "b.tar"))
+
+
+def test_a_store_is_read_like_a_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    _write_tar(disk / "x/0.tar", MEMBERS)
+    for name in ("x/a.mp4", "x/y/b.png", "x/.hidden/c.mp4", "x/._d.mp4", "notes.txt"):
+        (disk / name).parent.mkdir(parents=True, exist_ok=True)
+        (disk / name).touch()
+    (disk / "list.csv").write_text("path,weight\nx/a.mp4,2\n/abs/b.mp4,1\nmemory://o/c.mp4,1\n")
+    (disk / "list.jsonl").write_text('{"path": "x/a.mp4"}')
+    parquet.write_table(
+        pyarrow.table({"path": ["x/a.mp4", "memory://o/c.mp4"]}), disk / "l.parquet"
+    )
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    store.put(str(disk), "/b", recursive=True)
+    cache = Cache(tmp_path / "cache", 10**6)
+    found = []
+    for root in (str(disk), f"file://{disk}", "memory://b"):
+        for below in ("", "/x/a.mp4", "/x/*.mp4", "/**/*.png", "/x/0.tar", "/x/*.tar", "/list.csv",
+                      "/list.jsonl", "/l.parquet"):  # fmt: skip
+            files = read_manifest(root + below, cache)
+            names = [e._replace(path=e.path.replace("memory:///", "memory://")) for e in files]
+            found.append([e._replace(path=e.path.replace(root, "")) for e in names])
+    assert found[0:9] == found[9:18] == found[18:27]
+    assert [len(files) for files in found[:9]] == [5, 1, 1, 1, 3, 3, 3, 1, 2]
+    for path, words in (
+        ("memory://b/none", "no such file or folder"),
+        ("memory://b/*.gif", "0 files, none of them"),
+        ("memory://b/notes.txt", "neither a video nor"),
+        ("nowhere://b/a", "Protocol not known: nowhere"),
+    ):
+        with pytest.raises(ManifestError, match=words):
+            read_manifest(path, cache)
