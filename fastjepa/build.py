@@ -6,8 +6,9 @@ reads it.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import MaskGroup, Recipe, Source
 from fastjepa.config.streams import Modality, Stream
-from fastjepa.data.files import Entry
+from fastjepa.data.cache import Cache, default_folder
+from fastjepa.data.files import Files
 from fastjepa.data.loader import Loader
 from fastjepa.data.manifest import read_manifest
+from fastjepa.data.media import decode_media
 from fastjepa.data.quarantine import Quarantine
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
@@ -34,6 +37,8 @@ from fastjepa.train.plan import StepPlan
 from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
 
+# Files known as bad at the start that are named one by one in the log.
+_BAD_FILES_SAID = 10
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,6 +63,8 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
     # Clips of all lengths come from the same files.
     num_files = {streams[name].modality: loader.num_files for name, loader in loaders.items()}
     _claim(recipe, resolved, console)
+    manifests = [files for named in datasets.values() for files, _ in named]
+    quarantine = _quarantine(recipe, manifests, sum(num_files.values()), console)
 
     torch.manual_seed(recipe.run.seed)
     jepa = build_jepa(recipe, resolved, device)
@@ -93,11 +100,7 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         guard=guard,
         plan=_plan(recipe, resolved),
         loaders=loaders,
-        quarantine=Quarantine(
-            folder / "quarantine.jsonl",
-            recipe.data.max_bad_share,
-            sum(num_files.values()),
-        ),
+        quarantine=quarantine,
         tokens={name: stream.tokens for name, stream in streams.items()},
         folder=folder,
         facts={
@@ -187,20 +190,27 @@ def mask_maker(recipe: Recipe, stream: Stream) -> MaskMaker:
     )
 
 
-def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Sequence[Entry], float]]:
+def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Files, float]]:
     sources: tuple[Source, ...] = getattr(recipe.data, modality)
-    return [(read_manifest(source.path), source.weight) for source in sources]
+    cache = _cache(recipe)
+    return [(read_manifest(source.path, cache), source.weight) for source in sources]
+
+
+def _cache(recipe: Recipe) -> Cache:
+    chosen = recipe.data.cache
+    return Cache(chosen.folder or default_folder(), int(chosen.gib * 2**30))
 
 
 def _loader(
     recipe: Recipe,
     stream: Stream,
-    datasets: list[tuple[Sequence[Entry], float]],
+    datasets: list[tuple[Files, float]],
     device: torch.device,
 ) -> Loader:
     data = recipe.data
     return Loader(
         datasets=datasets,
+        decoder=partial(decode_media, cache=_cache(recipe)),
         batch=stream.clips,
         frames=stream.frames,
         fps=stream.fps,
@@ -216,6 +226,24 @@ def _loader(
         extras=mask_maker(recipe, stream),
         pin_memory=device.type == "cuda",
     )
+
+
+def _quarantine(
+    recipe: Recipe, manifests: Iterable[Files], num_files: int, console: Console
+) -> Quarantine:
+    """The run's bad files so far, with those that an index or a broken shard gave at the start."""
+    known = {path: reason for files in manifests for path, reason in files.bad}
+    quarantine = Quarantine(
+        recipe.run.folder / "quarantine.jsonl",
+        recipe.data.max_bad_share,
+        num_files + len(known),
+    )
+    new = quarantine.add(known.items())
+    for path, reason in new[:_BAD_FILES_SAID]:
+        console.warn(f"left out {path}: {reason}")
+    if len(new) > _BAD_FILES_SAID:
+        console.warn(f"left out {len(new)} files in all; quarantine.jsonl names each")
+    return quarantine
 
 
 def _claim(recipe: Recipe, resolved: Resolved, console: Console) -> None:

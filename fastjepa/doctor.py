@@ -82,6 +82,10 @@ PACKAGES = (
     Package("matplotlib", "matplotlib", ("matplotlib",), "draws a run's curves", install=_TRAIN),
     Package("pyarrow", "pyarrow", ("pyarrow",), "reads Parquet manifests", install=_TRAIN),
     Package(
+        "fsspec", "fsspec", ("fsspec",), "reads data from object stores",
+        install="pip install 'fastjepa[store]'",
+    ),
+    Package(
         "wandb", "wandb", ("wandb",), "takes metrics where observe.wandb is true",
         install="pip install wandb",
     ),

@@ -84,7 +84,7 @@ class Model(Section):
 
 
 class Source(Section):
-    """One data set: a folder, a glob, a CSV/Parquet/JSONL manifest, or `package:NAME/FOLDER`."""
+    """One data set: whatever data/manifest.py can list."""
 
     path: str
     weight: Annotated[float, Field(gt=0.0)] = 1.0
@@ -124,6 +124,13 @@ class Length(Section):
     crop: Positive | None = None
 
 
+class MediaCache(Section):
+    """Where copies of remote files are kept (null: the user's cache folder), and how many GiB."""
+
+    folder: Path | None = None
+    gib: Annotated[float, Field(ge=0.0)] = 16.0
+
+
 class Data(Section):
     video: Sources = ()
     image: Sources = ()
@@ -139,6 +146,7 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 8
     prefetch: Positive = 4
     max_bad_share: Share = 0.5
+    cache: MediaCache = MediaCache()
     augment: Augment = Augment()
 
 

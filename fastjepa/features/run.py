@@ -51,7 +51,7 @@ def extract_files(
 ) -> Iterator[Extracted]:
     """Write dense features `[T', H', W', D]` of every file; yields an `Extracted` each.
 
-    sources: manifests as in a recipe (a file, a folder, a glob, CSV/Parquet/JSONL). levels: block
+    sources: manifests as in a recipe. levels: block
     indices, the last if None. size: short side in pixels, any multiple of the patch. A file that
     cannot be read is yielded with its reason and no paths, last. Raises ValueError for a bad
     argument, a manifest that is none, or an output that exists.
@@ -67,12 +67,13 @@ def extract_files(
         )
     if frames % encoder.tubelet:
         raise ValueError(f"frames: {frames} is no multiple of the tubelet {encoder.tubelet}")
-    files = [entry.path for source in sources for entry in read_manifest(source)]
+    manifests = [read_manifest(source) for source in sources]
+    files = [entry.path for manifest in manifests for entry in manifest]
     writer = FeatureWriter(out, form, overwrite=overwrite)
     names = _names(files)
     for name in names:
         writer.check(name, chosen)
-    failed: list[tuple[str, str]] = []
+    failed = [(path, f"{path}: {why}") for manifest in manifests for path, why in manifest.bad]
 
     def inputs() -> Iterator[tuple[str, Tensor]]:
         for name, path in names.items():

@@ -1,6 +1,7 @@
 """Batches are pure in the step: the same for any workers, restarts and order of asking."""
 
 import hashlib
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastjepa.data.batch import Batch, BatchSource
+from fastjepa.data.cache import Cache
+from fastjepa.data.files import Entry
 from fastjepa.data.loader import Loader
-from fastjepa.data.manifest import Entry, read_manifest
+from fastjepa.data.manifest import read_manifest
+from fastjepa.data.media import decode_media
 from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
 
 
@@ -210,3 +214,18 @@ def test_batches_can_be_left_early_and_asked_for_again(clips: Path) -> None:
 def test_arguments_that_cannot_be(clips: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         _loader(clips, **changes)
+
+
+def test_shards_and_stores_give_the_batches_of_the_files(clips: Path, tmp_path: Path) -> None:
+    """Also in workers, which list a shard and fetch from a store by themselves."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for clip in sorted(clips.iterdir()):
+            tar.add(clip, clip.name)
+    cache = Cache(tmp_path / "cache", 10**7)
+    alone = [digest[1] for digest in _digests(_loader(clips), 0, 4)]
+    for manifest in (f"{tmp_path}/a.tar", f"file://{clips}", f"file://{tmp_path}/*.tar"):
+        data = [(read_manifest(manifest, cache), 1.0)]
+        decoder = partial(decode_media, cache=cache)
+        for workers in (0, 2):
+            loader = _loader(clips, datasets=data, decoder=decoder, workers=workers)
+            assert [digest[1] for digest in _digests(loader, 0, 4)] == alone

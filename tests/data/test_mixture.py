@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastjepa.data.manifest import Entry
+from fastjepa.data.files import Entry
 from fastjepa.data.mixture import Mixture
 
 
