@@ -163,7 +163,7 @@ def plan(
         float, typer.Option(help="share of the peak that is reached, recompute not counted")
     ] = 0.5,
     reserve: Annotated[float, typer.Option(help="share of the memory left free")] = 0.1,
-    bucket: Annotated[float, typer.Option(help="values in a communication bucket")] = 5e8,
+    bucket: Annotated[float, typer.Option(help="values in a communication bucket")] = 2e8,
     rank_ratio: Annotated[
         float | None,
         typer.Option(help="share of ranks on images alone: shows the split of equal work, too"),

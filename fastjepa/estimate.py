@@ -26,7 +26,7 @@ from fastjepa.observe.flops import (
     step_flops,
 )
 from fastjepa.observe.footprint import Activations, Footprint, step_activations
-from fastjepa.observe.states import state_bytes
+from fastjepa.observe.states import Layout, state_bytes
 
 # Steps whose masks are drawn for the token counts.
 DRAWN_STEPS = 8
@@ -150,19 +150,23 @@ class StreamCosts:
         drawn: list[TokenNumbers],
         *,
         checkpointing: bool,
-        float32_weights: bool = True,
+        layout: Layout = "torch",
     ) -> Activations:
-        """Bytes of a batch of `stream` in the largest of the steps `drawn`."""
+        """Bytes of a batch of `stream` in the largest of the steps `drawn`.
+
+        Only layout `torch` has float32 weights, and only its engine takes mask groups in turn.
+        """
+        alone = layout == "torch"
         value_bytes = 2 if self.autocast else 4
         return max(
             (
                 step_activations(
                     self.encoder, self.predictor, tokens, batch=stream.clips,
                     value_bytes=value_bytes,
-                    stream_bytes=4 if float32_weights else value_bytes,
+                    stream_bytes=4 if alone else value_bytes,
                     checkpointing=checkpointing,
                     scores=self.recipe.model.attention == "math",
-                    in_turn=self.recipe.engine.mask_groups == "in_turn",
+                    in_turn=alone and self.recipe.engine.mask_groups == "in_turn",
                 )
                 for tokens in drawn
             ),

@@ -35,7 +35,7 @@ def tables(plan: Plan) -> list[Grid]:
     grids = [
         Grid("Assumed", ("", ""), tuple(_assumed(plan))),
         Grid("Step", ("", ""), tuple(_step(plan))),
-        Grid("Operations of a pass", _FLOPS, tuple(_operations(plan))),
+        Grid("Operations of a step", _FLOPS, tuple(_operations(plan))),
         Grid("Bytes of a rank", ("", *layouts), tuple(_memory(plan))),
         Grid("Largest batch that fits", ("", *layouts), tuple(_largest(plan))),
         Grid("Sent by a rank in a step", ("", *layouts), tuple(_traffic(plan))),
@@ -94,7 +94,7 @@ def as_json(plan: Plan) -> str:
 
 
 Rows = Iterator[tuple[str, ...]]
-_FLOPS = ("", "target", "context", "predictor", "loss", "together", "passes a step")
+_FLOPS = ("", "target", "context", "predictor", "loss", "together", "passes")
 _ROLES = ("", "ranks", "batch of a rank", "samples an update", "weight", "work of a rank", "spread")
 
 
@@ -129,7 +129,7 @@ def _operations(plan: Plan) -> Rows:
         flops = part.flops
         for kind in ("forward", "backward", "recompute"):
             cells = [
-                getattr(getattr(flops, network), kind)
+                part.passes * getattr(getattr(flops, network), kind)
                 for network in ("target", "context", "predictor", "loss")
             ]
             passes = f"{part.passes:g}" if kind == "forward" else ""

@@ -37,7 +37,7 @@ class Cluster:
 
     `mfu` is the share of the peak rate at which a step's operations run, the recompute of
     checkpointing not counted. `reserve` is the share of the memory left for workspace and gaps.
-    `bucket` is DeepSpeed's bucket in values.
+    `bucket` is a communication bucket in values.
     """
 
     gpus: int
@@ -47,7 +47,7 @@ class Cluster:
     network: float | None = None
     mfu: float = 0.5
     reserve: float = 0.1
-    bucket: float = 5e8
+    bucket: float = 2e8
 
     def __post_init__(self) -> None:
         for option, value, fits in (
@@ -227,7 +227,7 @@ def _layout(
                     stream,
                     costs.tokens(stream),
                     checkpointing=checkpointing,
-                    float32_weights=layout == "torch",
+                    layout=layout,
                 )
                 for stream in streams.values()
             ),
@@ -274,7 +274,7 @@ def _largest(
         def needed(clips: int, tokens: list[TokenNumbers] = tokens) -> int:
             return costs.activations(
                 replace(stream, clips=clips), tokens, checkpointing=checkpointing,
-                float32_weights=layout == "torch",
+                layout=layout,
             ).total  # fmt: skip
 
         whole = needed(1)
