@@ -142,6 +142,8 @@ def encoder_sizes(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
         "patch": recipe.model.patch,
         "tubelet": recipe.model.tubelet,
         "interpolate_rope": recipe.model.interpolate_rope,
+        "rope": recipe.model.rope,
+        "generation": "2.1",
     }
 
 
@@ -164,6 +166,7 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         num_mask_tokens=recipe.model.predictor.mask_tokens,
         patch=recipe.model.patch,
         interpolate_rope=recipe.model.interpolate_rope,
+        rope=recipe.model.rope,
         **shared,
     ).to(device)
     target = Encoder(**sizes, **shared).to(device)

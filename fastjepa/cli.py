@@ -66,7 +66,7 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
 @app.command()
 def features(
     model: Annotated[
-        Path, typer.Argument(help="run folder, checkpoint, .safetensors or official .pt")
+        Path, typer.Argument(help="run folder, checkpoint, .safetensors, official .pt, VJEPA2Model")
     ],
     sources: Annotated[list[str], typer.Argument(help="files, folders, globs or manifests")],
     out: Annotated[Path, typer.Option(help="folder to write to")] = Path("features"),
@@ -83,9 +83,10 @@ def features(
 ) -> None:
     """Write dense features [T', H', W', D] of videos and images."""
     from fastjepa.build import device_of
-    from fastjepa.features.run import extract_files, load_encoder
+    from fastjepa.features.run import extract_files
+    from fastjepa.pretrained import load
 
-    encoder, _ = load_encoder(model)
+    encoder = load(model)
     bad = 0
     for found in extract_files(
         encoder, sources, out,
@@ -101,6 +102,29 @@ def features(
             typer.echo(f"warning: skipped {found.reason}", err=True)
     if bad:
         raise typer.Exit(1)
+
+
+@app.command()
+def models(
+    path: Annotated[
+        str | None, typer.Argument(help="weights to identify; the released ones if left out")
+    ] = None,
+) -> None:
+    """The released weights by name, or what the weights in a file or folder are."""
+    from fastjepa.checkpoint.catalogue import as_text
+    from fastjepa.pretrained import load
+
+    if path is None:
+        typer.echo(as_text())
+        return
+    encoder = load(path)
+    count = sum(p.numel() for p in encoder.parameters())
+    typer.echo(
+        f"{path}: {encoder.origin}\n{count:,} parameters, width {encoder.width}, "
+        f"{len(encoder.blocks)} blocks, levels {', '.join(map(str, encoder.levels))}, "
+        f"patch {encoder.patch}, tubelet {encoder.tubelet}, {encoder.rope} RoPE"
+        + (", interpolated to 256 px" if encoder.interpolate_rope else "")
+    )
 
 
 @app.command()

@@ -102,7 +102,7 @@ def _encoder(
     where, weights = f"{golden.path}: {part}", golden.under(f"{part}.")
     sizes = shapes_say(weights, where)
     levels, heads = default_levels(sizes["depth"]), golden.count("heads")
-    if sizes["num_levels"] != len(levels) or num_levels > len(levels):
+    if sizes.get("num_levels") != len(levels) or num_levels > len(levels):
         raise ValueError(
             f"{where}: {num_levels} levels by the metadata; expected at most {len(levels)} and as "
             f"many norms_block at depth {sizes['depth']}"

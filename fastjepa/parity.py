@@ -129,7 +129,7 @@ def _forward_and_backward(
         with torch.no_grad():
             losses = {"loss_context": context_loss(masks.weights)}
             losses["loss_context_unweighted"] = context_loss(None)
-            inference = jepa.encoder.features(batch.clip)[0].flatten(1, 3)
+            inference = jepa.encoder.features(batch.clip).flatten(1, 3)
 
     whole = (len(batch.clip), -1)
     ledger.compare("targets", "target_features", torch.cat(seen["target"], -1).unflatten(0, whole))

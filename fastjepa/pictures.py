@@ -20,7 +20,7 @@ def draw(trainer: Trainer) -> list[tuple[Path, str]]:
     pictures, spreads = [], []
     for stream in trainer.loaders:
         clip = trainer.probe_clip(stream)
-        features = trainer.jepa.target.features(normalise(clip))[0][0].cpu()
+        features = trainer.jepa.target.features(normalise(clip))[0].cpu()
         palette = Palette.fit(features)
         pictures.append(
             picture(clip[0].cpu(), features, palette=palette, title=_caption(clip.shape[2]))

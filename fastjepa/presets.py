@@ -6,6 +6,15 @@ has 36).
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+# How the frequencies of an axis lie on its channels: V-JEPA 2.1 turns each pair of neighbours by
+# one of them (w0 w0 w1 w1 ...), V-JEPA 2 repeats the whole list (w0 w1 ... w0 w1 ...).
+Rope = Literal["interleaved", "tiled"]
+
+# What an encoder is built of. "2.1": a tokenizer and an embedding for each modality, a norm for
+# each level. "2": one tokenizer, one norm for all levels.
+Generation = Literal["2.1", "2"]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ def make_importable(path: Path) -> None:
 
 
 def _stand_in(name: str) -> None:
+    if name in sys.modules:
+        return
     if importlib.util.find_spec(name.partition(".")[0]) is not None:
         try:
             importlib.import_module(name)

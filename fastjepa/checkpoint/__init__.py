@@ -1,11 +1,13 @@
 """Checkpoints never half-written and never silently wrong, official files, exports.
 
 Reading order: `layout.py` (a checkpoint's folder), `strict.py` (tensors into a module),
-`run_folder.py`, `export.py`.
+`run_folder.py`, `found.py` (weights in), `export.py` (weights out).
 """
 
 from fastjepa.checkpoint.encoder_sizes import EncoderSizes
-from fastjepa.checkpoint.export import read_encoder, write_encoder
+from fastjepa.checkpoint.export import write_encoder, write_official
+from fastjepa.checkpoint.found import FoundEncoder, read_encoder
+from fastjepa.checkpoint.huggingface import read_huggingface, write_huggingface
 from fastjepa.checkpoint.layout import (
     Checkpoint,
     latest_checkpoint,
@@ -23,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "EncoderSizes",
+    "FoundEncoder",
     "OfficialInfo",
     "check_writable",
     "claim_run_folder",
@@ -32,9 +35,12 @@ __all__ = [
     "pack_optimizer",
     "pack_rng",
     "read_encoder",
+    "read_huggingface",
     "read_official",
     "save_checkpoint",
     "unpack_optimizer",
     "unpack_rng",
     "write_encoder",
+    "write_huggingface",
+    "write_official",
 ]

@@ -1,6 +1,7 @@
 """Writing so that a crash, at any moment, leaves the old content or the new, never half of one."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -22,12 +23,18 @@ def replace(temporary: Path, final: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) whole or not at all. Raises OSError."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a temporary file beside `path`, then give it that name. Raises OSError."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        write(temporary)
         replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.parent.is_dir():
+            temporary.unlink(missing_ok=True)
 
 
 def point(link: Path, target: str) -> None:

@@ -1,4 +1,5 @@
-"""Official V-JEPA 2.1 files to plain tensors under the released names (docs/method.md section 7).
+"""Official V-JEPA 2.1 and 2 files: plain tensors under the released names (docs/method.md section
+7).
 
     encoder, predictor, info = read_official(Path("vjepa2_1_vitl_dist_vitG_384.pt"))
 
@@ -16,21 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.checkpoint.encoder_sizes import EncoderSizes, preset_of, shapes_say
+from fastjepa.checkpoint.encoder_sizes import (
+    EncoderSizes,
+    check_sizes,
+    count_numbered,
+    generation_of,
+    parse_sizes,
+    preset_of,
+    shapes_say,
+)
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_start, read_tensors
-from fastjepa.presets import PRESETS
+from fastjepa.presets import PRESETS, Generation
 
 # By preference: distilled releases keep the averaged student, the others the target encoder.
 _ENCODERS = ("ema_encoder", "target_encoder", "encoder")
 _PREDICTOR = "predictor"
 _PREFIXES = ("module.", "backbone.")
+# Where `write_official` leaves the sizes, since shapes do not tell the number of heads.
+SIZES_KEY = "fastjepa"
 
 
 @dataclass(frozen=True)
 class OfficialInfo:
     """What a file held. `part` was read out of `parts`.
 
-    `sizes` is None when the shapes are no preset's: the number of heads leaves no trace in them.
+    `sizes` is None when the shapes are no preset's and the file does not say: the number of heads
+    leaves no trace in them.
     `untrained_levels` are the levels whose norm is still at its initial value (distilled releases
     supervise only the last one).
     """
@@ -38,6 +50,7 @@ class OfficialInfo:
     path: Path
     part: str
     parts: tuple[str, ...]
+    generation: Generation
     preset: str | None
     sizes: EncoderSizes | None
     untrained_levels: tuple[int, ...]
@@ -52,9 +65,9 @@ def read_official(
     Reads a `.pt` file, or safetensors with the same keys (parts as prefixes, or a bare encoder).
     `part` picks `ema_encoder`, `target_encoder` or `encoder`; by default the first of these that is
     there. Raises CheckpointError: not such a file, a pickle that calls anything (refused before it
-    runs), no such part, V-JEPA 2.0.
+    runs), no such part, another model.
     """
-    parts = _read_parts(path)
+    parts, said = _read_parts(path)
     present = tuple(name for name in _ENCODERS if name in parts)
     chosen = part or next(iter(present), "encoder")
     if chosen not in present:
@@ -62,22 +75,30 @@ def read_official(
     encoder = _strip(parts[chosen], f"{path}: {chosen}")
     predictor = _strip(parts[_PREDICTOR], f"{path}: {_PREDICTOR}") if _PREDICTOR in parts else None
     where = f"{path}: {chosen}"
-    _refuse_2_0(encoder, where)
-    shapes = shapes_say(encoder, where)
+    generation, shapes = generation_of(encoder, where), shapes_say(encoder, where)
     preset = preset_of(shapes)
+    if said is not None:
+        sizes: EncoderSizes | None = parse_sizes(said, f"{path}: {SIZES_KEY}")
+        check_sizes(sizes, encoder, where)  # type: ignore[arg-type]
+    else:
+        sizes = _sizes(preset, generation, shapes, where) if preset else None
     info = OfficialInfo(
         path=path,
         part=chosen,
         parts=tuple(parts),
+        generation=generation,
         preset=preset,
-        sizes=_sizes(preset, shapes, where) if preset else None,
+        sizes=sizes,
         untrained_levels=_untrained_levels(encoder),
-        predictor_depth=_depth(predictor) if predictor else None,
+        predictor_depth=count_numbered(predictor, r"predictor_blocks\.(\d+)\.")
+        if predictor
+        else None,
     )
     return encoder, predictor, info
 
 
-def _read_parts(path: Path) -> dict[str, Mapping[str, Any]]:
+def _read_parts(path: Path) -> tuple[dict[str, Mapping[str, Any]], object]:
+    """The networks in a file by name, and the sizes it says of itself, if any."""
     start = read_start(path, 4)
     if start == b"PK\x03\x04" or (start[:1] == b"\x80" and path.suffix != ".safetensors"):
         payload = _unpickle(path, mmap=start == b"PK\x03\x04")
@@ -90,7 +111,7 @@ def _read_parts(path: Path) -> dict[str, Mapping[str, Any]]:
             for name in (*_ENCODERS, _PREDICTOR)
             if isinstance(payload.get(name), dict)
         }
-        return parts or {"encoder": payload}
+        return parts or {"encoder": payload}, payload.get(SIZES_KEY)
     tensors, _ = read_tensors(path)
     split = {
         name: {
@@ -100,7 +121,7 @@ def _read_parts(path: Path) -> dict[str, Mapping[str, Any]]:
         }
         for name in (*_ENCODERS, _PREDICTOR)
     }
-    return {name: named for name, named in split.items() if named} or {"encoder": tensors}
+    return {name: named for name, named in split.items() if named} or {"encoder": tensors}, None
 
 
 def _unpickle(path: Path, mmap: bool) -> object:
@@ -137,26 +158,16 @@ def _strip(named: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     return stripped
 
 
-def _refuse_2_0(encoder: Mapping[str, Tensor], where: str) -> None:
-    if "patch_embed.proj.weight" not in encoder or "patch_embed_img.proj.weight" in encoder:
-        return
-    seen = ["one tokenizer (no patch_embed_img)"]
-    if "norm.weight" in encoder:
-        seen.append("one final norm")
-    if "video_mod_embed" not in encoder:
-        seen.append("no modality embeddings")
-    raise CheckpointError(
-        f"{where}: this is V-JEPA 2 or older: {', '.join(seen)}; only V-JEPA 2.1 files can be read"
-    )
-
-
-def _sizes(preset: str, shapes: Mapping[str, int], where: str) -> EncoderSizes:
+def _sizes(
+    preset: str, generation: Generation, shapes: Mapping[str, int], where: str
+) -> EncoderSizes:
     size = PRESETS[preset]
-    levels = {1: (size.depth - 1,), len(size.levels): size.levels}.get(shapes["num_levels"])
+    # V-JEPA 2 has one norm for whichever levels.
+    count = shapes.get("num_levels", len(size.levels))
+    levels = {1: (size.depth - 1,), len(size.levels): size.levels}.get(count)
     if levels is None:
         raise CheckpointError(
-            f"{where}: {shapes['num_levels']} norms_block; "
-            f"expected 1 or {len(size.levels)} for {preset}"
+            f"{where}: {count} norms_block; expected 1 or {len(size.levels)} for {preset}"
         )
     return EncoderSizes(
         width=size.width,
@@ -166,7 +177,9 @@ def _sizes(preset: str, shapes: Mapping[str, int], where: str) -> EncoderSizes:
         levels=levels,
         patch=shapes["patch"],
         tubelet=shapes["tubelet"],
-        interpolate_rope=True,
+        interpolate_rope=generation == "2.1",
+        rope="interleaved" if generation == "2.1" else "tiled",
+        generation=generation,
     )
 
 
@@ -181,10 +194,4 @@ def _untrained_levels(encoder: Mapping[str, Tensor]) -> tuple[int, ...]:
         for level in norms
         if bool((encoder[f"norms_block.{level}.weight"] == 1).all())
         and not encoder.get(f"norms_block.{level}.bias", torch.zeros(1)).any()
-    )
-
-
-def _depth(predictor: Mapping[str, Tensor]) -> int:
-    return len(
-        {match[1] for name in predictor if (match := re.match(r"predictor_blocks\.(\d+)\.", name))}
     )

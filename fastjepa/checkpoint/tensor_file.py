@@ -5,8 +5,10 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,14 +56,32 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read `path` to CPU tensors and the metadata of its header.
+    """Read `path` to CPU tensors, mapped from the disk, and the metadata of its header.
 
     Raises CheckpointError: missing, truncated, not safetensors, or a pickle under that name (never
     opened as one).
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_some(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Only these tensors of a file; raises CheckpointError as `read_tensors` does."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a file, in its order; raises CheckpointError as `read_tensors` does."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except OSError as error:

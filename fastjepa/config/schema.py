@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from fastjepa.presets import Rope
+
 
 class Section(BaseModel):
     """A part of the recipe: immutable, and strict about its keys."""
@@ -76,6 +78,7 @@ class Model(Section):
     patch: Positive = 16
     tubelet: Positive = 2
     interpolate_rope: bool = True
+    rope: Rope = "interleaved"
     checkpointing: bool = False
     attention: Literal[
         "auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "xformers", "math"

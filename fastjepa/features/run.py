@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastjepa.checkpoint import read_encoder
 from fastjepa.data.augment import normalise
 from fastjepa.data.decoder import DecodeError
 from fastjepa.data.manifest import read_manifest
@@ -24,15 +23,6 @@ class Extracted(NamedTuple):
     paths: list[Path]
     shape: tuple[int, ...]
     reason: str
-
-
-def load_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder in a run folder, a checkpoint, an exported file or an official .pt, and its
-    sizes."""
-    tensors, sizes = read_encoder(path)
-    encoder = Encoder(**sizes)
-    encoder.load_state_dict(tensors)
-    return encoder.eval().requires_grad_(False), dict(sizes)
 
 
 def extract_files(

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from fastjepa.model.attention import attend
 from fastjepa.model.block_cpu import attention_half, mlp_half
+from fastjepa.model.positions import turn_tiled
 from fastjepa.model.segments import Segment, SharedRow
+from fastjepa.presets import Rope
 from fastjepa_kernels import rope3d
 
 EPS = 1e-6
@@ -46,9 +48,17 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One block over a packed batch of sequences."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int, *, attention: str = "auto") -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_width: int,
+        *,
+        attention: str = "auto",
+        rope: Rope = "interleaved",
+    ) -> None:
         super().__init__()
-        self.backend = attention
+        self.backend, self.rope = attention, rope
         self.norm1 = nn.LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
@@ -61,17 +71,21 @@ class Block(nn.Module):
         segments: Sequence[Segment],
         shared: SharedRow | None = None,
     ) -> Tensor:
-        """x_RD: [R, D]; tables: for each segment cos/sin [count or 1, length, C/2, 2].
+        """x_RD: [R, D]; tables: for each segment the rows of `rotary_table` in the block's layout,
+        [count or 1, length, C/2, 2] or (tiled) [count or 1, length, C, 2].
 
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
         [R, D].
         """
-        if x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa"):
+        by_hand = x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa")
+        if by_hand and self.rope == "interleaved":
             x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
+        else:
+            if shared:
+                x_RD = shared.spread(x_RD)
+            x_RD = x_RD + self.attend(self.norm1(x_RD), tables_RC2, segments)
+        if by_hand:
             return mlp_half(x_RD, self.norm2, self.mlp)
-        if shared:
-            x_RD = shared.spread(x_RD)
-        x_RD = x_RD + self.attend(self.norm1(x_RD), tables_RC2, segments)
         hidden = F.gelu(self.mlp.fc1(self.norm2(x_RD)))
         out_RD: Tensor = x_RD + self.mlp.fc2(hidden)
         return out_RD
@@ -80,8 +94,9 @@ class Block(nn.Module):
         self, x_RD: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
     ) -> Tensor:
         qkv_R3HC = self.attn.qkv(x_RD).unflatten(-1, (3, self.attn.heads, -1))
+        turn = turn_tiled if self.rope == "tiled" else rope3d
         turned = [
-            rope3d(segment.rows(qkv_R3HC), table).flatten(0, 1)
+            turn(segment.rows(qkv_R3HC), table).flatten(0, 1)
             for segment, table in zip(segments, tables_RC2, strict=True)
         ]
         qkv_R3HC = turned[0] if len(turned) == 1 else torch.cat(turned)

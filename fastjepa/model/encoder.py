@@ -6,6 +6,7 @@ D width.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import segments_of
 from fastjepa.model.tokenizer import Tokenizer
+from fastjepa.presets import Generation, Rope
 from fastjepa_kernels import packed_rows
 
 
@@ -24,8 +26,13 @@ class Encoder(nn.Module):
     """Vision transformer with video and image tokenizers and supervised intermediate levels.
 
     `levels` are 0-based block indices, ascending, the last block last; each has a LayerNorm of
-    its own. Parameter names are those of the released state dict.
+    its own. `generation` "2" is V-JEPA 2: one tokenizer (an image is read as a still clip of one
+    tubelet), no modality embeddings, one norm for all levels; its weights need `rope` "tiled" and
+    no interpolation. Parameter names are those of the released state dict. `origin` says where
+    the weights are from.
     """
+
+    origin = "random weights"
 
     def __init__(
         self,
@@ -40,8 +47,16 @@ class Encoder(nn.Module):
         interpolate_rope: bool = True,
         checkpointing: bool = False,
         attention: str = "auto",
+        rope: Rope = "interleaved",
+        generation: Generation = "2.1",
     ) -> None:
         super().__init__()
+        for key, value, known in (
+            ("rope", rope, get_args(Rope)),
+            ("generation", generation, get_args(Generation)),
+        ):
+            if value not in known:
+                raise ValueError(f"{key}: expected one of {', '.join(known)}, got {value!r}")
         ascending = list(levels) == sorted(set(levels))
         if not levels or not ascending or levels[0] < 0 or levels[-1] != depth - 1:
             raise ValueError(
@@ -50,22 +65,26 @@ class Encoder(nn.Module):
             )
         self.width, self.head_dim, self.levels = width, width // heads, tuple(levels)
         self.patch, self.tubelet, self.interpolate_rope = patch, tubelet, interpolate_rope
-        self.checkpointing = checkpointing
+        self.checkpointing, self.rope, self.generation = checkpointing, rope, generation
         self.patch_embed = Tokenizer(width, patch, tubelet)
-        self.patch_embed_img = Tokenizer(width, patch, 1)
-        self.img_mod_embed = modality_embedding(width)
-        self.video_mod_embed = modality_embedding(width)
+        if generation == "2.1":
+            self.patch_embed_img = Tokenizer(width, patch, 1)
+            self.img_mod_embed = modality_embedding(width)
+            self.video_mod_embed = modality_embedding(width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_width, attention=attention) for _ in range(depth)
+            Block(width, heads, mlp_width, attention=attention, rope=rope) for _ in range(depth)
         )
-        self.norms_block = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in levels)
+        if generation == "2.1":
+            self.norms_block = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in levels)
+        else:
+            self.norm = nn.LayerNorm(width, eps=EPS)
         initialise(self, self.blocks)  # type: ignore[arg-type]
 
     def grid(self, clip: Tensor) -> tuple[int, int, int]:
         """Token grid (T', H', W') of a clip [B, 3, T, H, W]; one frame is an image."""
         if clip.ndim != 5 or clip.shape[1] != 3:
             raise ValueError(f"clip: expected [B, 3, T, H, W], got {tuple(clip.shape)}")
-        return self._tokenizer(clip).grid(clip)
+        return self._tokenizer(clip).grid(self._as_read(clip))
 
     def forward(
         self,
@@ -87,8 +106,9 @@ class Encoder(nn.Module):
         grid = self.grid(clip)
         num_tokens = grid[0] * grid[1] * grid[2]
         table = rotary_table(
-            grid, self.head_dim, like=clip, patch=self.patch, interpolate=self.interpolate_rope
-        )
+            grid, self.head_dim, like=clip, patch=self.patch, interpolate=self.interpolate_rope,
+            rope=self.rope,
+        )  # fmt: skip
         if index_groups_BK is None:
             rows = None
             segments = segments_of([(len(clip), num_tokens)])
@@ -109,20 +129,63 @@ class Encoder(nn.Module):
                 outputs[number] = self._level(number, x_RD)
         return [outputs[number] for number in wanted]
 
-    def features(self, clip: Tensor, levels: Sequence[int] | None = None) -> list[Tensor]:
-        """Dense features [B, T', H', W', D] of the given levels; the last level only if None."""
+    @overload
+    def features(
+        self, clip: Tensor, levels: None = None, *, pool: Literal["mean"] | None = None
+    ) -> Tensor: ...
+    @overload
+    def features(
+        self, clip: Tensor, levels: Sequence[int], *, pool: Literal["mean"] | None = None
+    ) -> list[Tensor]: ...
+    def features(
+        self,
+        clip: Tensor,
+        levels: Sequence[int] | None = None,
+        *,
+        pool: Literal["mean"] | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Dense features [B, T', H', W', D] of the last level, or a list with those of `levels`.
+
+        clip: normalised RGB [B, 3, T, H, W], or images [B, 3, H, W]; H and W any multiples of the
+        patch. It is taken in the weights' dtype. `pool="mean"` averages over the tokens: [B, D].
+        ValueError if a side, a level or `pool` does not fit.
+        """
+        if pool not in (None, "mean"):
+            raise ValueError(f"pool: expected None or 'mean', got {pool!r}")
+        if clip.ndim == 4:
+            clip = clip.unsqueeze(2)
+        clip = clip.to(self.patch_embed.proj.weight.dtype)
         outputs = self(clip, levels=self.levels[-1:] if levels is None else levels)
-        return [level.view(len(clip), *self.grid(clip), self.width) for level in outputs]
+        grids = [level.view(len(clip), *self.grid(clip), self.width) for level in outputs]
+        if pool:
+            grids = [grid.mean((1, 2, 3)) for grid in grids]
+        return grids[0] if levels is None else grids
 
     def _tokens(self, clip: Tensor, rows: Tensor | None) -> Tensor:
-        x_RD: Tensor = self._tokenizer(clip)(clip, rows)
+        x_RD: Tensor = self._tokenizer(clip)(self._as_read(clip), rows)
+        if self.generation == "2":
+            return x_RD
         embedding = self.img_mod_embed if clip.shape[2] == 1 else self.video_mod_embed
         return x_RD + embedding[0].to(x_RD.dtype)
 
     def _tokenizer(self, clip: Tensor) -> Tokenizer:
-        return self.patch_embed_img if clip.shape[2] == 1 else self.patch_embed
+        image = clip.shape[2] == 1 and self.generation == "2.1"
+        return self.patch_embed_img if image else self.patch_embed
+
+    def _as_read(self, clip: Tensor) -> Tensor:
+        """The clip as its tokenizer takes it: V-JEPA 2 knows images only as still clips."""
+        still = clip.shape[2] == 1 and self.generation == "2"
+        return clip.expand(-1, -1, self.tubelet, -1, -1) if still else clip
+
+    def norm_of(self, level: int) -> nn.LayerNorm:
+        """The norm of a level's outputs."""
+        if self.generation == "2":
+            return self.norm
+        norm: nn.LayerNorm = self.norms_block[self.levels.index(level)]  # type: ignore[assignment]
+        return norm
 
     def _level(self, number: int, x_RD: Tensor) -> Tensor:
-        norm = self.norms_block[self.levels.index(number)]
+        norm = self.norm_of(number)
         wide = x_RD if x_RD.dtype == torch.float64 else x_RD.float()
-        return F.layer_norm(wide, (self.width,), norm.weight, norm.bias, norm.eps)  # type: ignore[arg-type]
+        weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
+        return F.layer_norm(wide, (self.width,), weight, bias, norm.eps)

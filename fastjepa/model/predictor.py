@@ -18,6 +18,7 @@ from fastjepa.model.block import EPS, Block
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import SharedRow, segments_of
+from fastjepa.presets import Rope
 
 
 class Predictor(nn.Module):
@@ -43,10 +44,11 @@ class Predictor(nn.Module):
         interpolate_rope: bool = True,
         checkpointing: bool = False,
         attention: str = "auto",
+        rope: Rope = "interleaved",
     ) -> None:
         super().__init__()
         self.head_dim, self.patch, self.interpolate_rope = width // heads, patch, interpolate_rope
-        self.checkpointing = checkpointing
+        self.checkpointing, self.rope = checkpointing, rope
         if num_levels == 1:
             self.predictor_embed: nn.Module = nn.Linear(encoder_width, width)
         else:
@@ -61,7 +63,8 @@ class Predictor(nn.Module):
         self.video_mod_embed = modality_embedding(width)
         self.img_mod_embed = modality_embedding(width)
         self.predictor_blocks = nn.ModuleList(
-            Block(width, heads, mlp_width or 4 * width, attention=attention) for _ in range(depth)
+            Block(width, heads, mlp_width or 4 * width, attention=attention, rope=rope)
+            for _ in range(depth)
         )
         self.predictor_norm = nn.LayerNorm(width, eps=EPS)
         channels = num_levels * (out_width or encoder_width)
@@ -96,8 +99,9 @@ class Predictor(nn.Module):
         )
         shared = SharedRow(segments, tuple(context.shape[1] for context in context_groups_BK))
         table = rotary_table(
-            grid, self.head_dim, like=x_RP, patch=self.patch, interpolate=self.interpolate_rope
-        )
+            grid, self.head_dim, like=x_RP, patch=self.patch, interpolate=self.interpolate_rope,
+            rope=self.rope,
+        )  # fmt: skip
         tables = [
             table[torch.cat(pair, dim=1)]
             for pair in zip(context_groups_BK, predict_groups_BK, strict=True)

@@ -101,7 +101,7 @@ def load_initial(path: Path, jepa: Jepa) -> tuple[str, ...]:
         if predictor is not None:
             loaded["predictor"] = predictor
     else:
-        encoder, _ = read_encoder(path)
+        encoder = read_encoder(path).tensors
         loaded = {"target_encoder": encoder, "encoder": encoder}
     for name, module in modules(jepa).items():
         if name in loaded:

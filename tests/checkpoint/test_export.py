@@ -27,6 +27,8 @@ SIZES = EncoderSizes(
     patch=4,
     tubelet=2,
     interpolate_rope=True,
+    rope="interleaved",
+    generation="2.1",
 )
 
 
@@ -55,9 +57,10 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_an_exported_file_is_read_back_with_its_sizes(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "encoder.safetensors"
     write_encoder(path, tensors(), SIZES)
-    found, sizes = read_encoder(path)
-    assert same(found, tensors())
-    assert sizes == SIZES
+    found = read_encoder(path)
+    assert same(found.tensors, tensors())
+    assert found.sizes == SIZES
+    assert found.about == "V-JEPA 2.1, 3 blocks of 8, an exported file"
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert {key: json.loads(metadata[key]) for key in SIZES} == {**SIZES, "levels": [1, 2]}
@@ -68,11 +71,12 @@ def test_a_run_gives_the_target_encoder_of_its_latest_complete_checkpoint(tmp_pa
     make_run(tmp_path, 5, value=5.0)
     newest = make_run(tmp_path, 6, value=6.0)
     for path in (tmp_path, newest, tmp_path / "checkpoints" / "latest"):
-        found, sizes = read_encoder(path)
-        assert same(found, tensors(6.0))
-        assert sizes == SIZES
+        found = read_encoder(path)
+        assert same(found.tensors, tensors(6.0))
+        assert found.sizes == SIZES
+        assert found.about.endswith("target_encoder of a run after 6 steps")
     (newest / "target_encoder.safetensors").unlink()
-    assert same(read_encoder(tmp_path)[0], tensors(5.0))
+    assert same(read_encoder(tmp_path).tensors, tensors(5.0))
     with pytest.raises(CheckpointError, match=r"target_encoder\.safetensors: missing"):
         read_encoder(newest)
 
@@ -95,9 +99,10 @@ def test_an_official_file_is_read_and_unknown_sizes_are_not_guessed(tmp_path: Pa
         **{f"blocks.{i}.mlp.fc1.weight": torch.zeros(1).expand(768, width) for i in range(12)},
     }
     torch.save({"ema_encoder": official}, tmp_path / "official.pt")
-    found, sizes = read_encoder(tmp_path / "official.pt")
-    assert same(found, official)
-    assert (sizes["heads"], sizes["levels"]) == (3, (2, 5, 8, 11))
+    found = read_encoder(tmp_path / "official.pt")
+    assert same(found.tensors, official)
+    assert found.about == "V-JEPA 2.1, vit_tiny, ema_encoder of an official file"
+    assert (found.sizes["heads"], found.sizes["levels"]) == (3, (2, 5, 8, 11))
     save_file(tensors(), tmp_path / "unknown.safetensors")
     with pytest.raises(
         CheckpointError, match="of no released size, and nothing says its number of heads"
@@ -120,6 +125,8 @@ def test_an_official_file_is_read_and_unknown_sizes_are_not_guessed(tmp_path: Pa
         ({"levels": (2, 1)}, r"levels \(2, 1\); expected rising block indices from 0 to 2"),
         ({"levels": (1, 3)}, "expected rising block indices from 0 to 2"),
         ({"interpolate_rope": None}, "interpolate_rope None; expected true or false"),
+        ({"rope": "both"}, "rope 'both'; expected interleaved or tiled"),
+        ({"generation": "2"}, "generation 2 where the tensors have 2.1"),
     ],
 )
 def test_sizes_that_are_not_the_tensors_are_refused_on_the_way_out_and_in(

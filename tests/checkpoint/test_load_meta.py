@@ -88,6 +88,8 @@ def test_a_released_file_gives_its_encoder_its_predictor_and_its_preset(
         "patch": 16,
         "tubelet": 2,
         "interpolate_rope": True,
+        "rope": "interleaved",
+        "generation": "2.1",
     }
 
 
@@ -211,18 +213,34 @@ def test_a_pickle_that_would_do_something_is_refused_before_it_does(
     assert trace.exists(), "the pickle of this test would not have done harm"
 
 
-def test_v_jepa_2_is_refused_by_what_was_seen(tmp_path: Path) -> None:
-    tensors = encoder("vit_large", prefix="module.backbone.", num_norms=0)
+def second(name: str) -> dict[str, Tensor]:
+    """An encoder of the V-JEPA 2 layout."""
+    tensors = encoder(name, prefix="", num_norms=0)
     for key in ("patch_embed_img.proj.weight", "img_mod_embed", "video_mod_embed"):
-        del tensors[f"module.backbone.{key}"]
-    tensors["module.backbone.norm.weight"] = filled(1, 1024)
-    torch.save({"encoder": tensors, "target_encoder": tensors}, tmp_path / "vitl.pt")
+        del tensors[key]
+    return {**tensors, "norm.weight": filled(1, PRESETS[name].width)}
+
+
+def test_v_jepa_2_is_known_by_its_names_and_keeps_its_own_positions(tmp_path: Path) -> None:
+    named = {f"module.backbone.{key}": value for key, value in second("vit_huge").items()}
+    torch.save({"encoder": named, "target_encoder": named}, tmp_path / "vith.pt")
+    tensors, _, info = read_official(tmp_path / "vith.pt")
+    assert tensors.keys() == second("vit_huge").keys()
+    assert (info.generation, info.preset, info.part) == ("2", "vit_huge", "target_encoder")
+    assert info.sizes is not None
+    assert (info.sizes["generation"], info.sizes["rope"]) == ("2", "tiled")
+    assert (info.sizes["heads"], info.sizes["interpolate_rope"]) == (16, False)
+    assert info.untrained_levels == ()
+
+
+def test_absolute_positions_are_refused(tmp_path: Path) -> None:
+    """The first V-JEPA has V-JEPA 2's names and shapes, and needs positions that are not here."""
+    tensors = {**second("vit_large"), "pos_embed": filled(0, 1, 1568, 1024)}
+    torch.save({"target_encoder": tensors}, tmp_path / "vitl16.pth")
     with pytest.raises(
-        CheckpointError,
-        match=r"vitl\.pt: target_encoder: this is V-JEPA 2 or older: "
-        r"one tokenizer \(no patch_embed_img\), one final norm, no modality embeddings; only",
+        CheckpointError, match=r"vitl16\.pth: target_encoder: pos_embed: .*V-JEPA 1"
     ):
-        read_official(tmp_path / "vitl.pt")
+        read_official(tmp_path / "vitl16.pth")
 
 
 @pytest.mark.parametrize("legacy", [False, True])

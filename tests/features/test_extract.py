@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -29,6 +29,7 @@ def clips(kinds: list[int]) -> list[tuple[str, Tensor]]:
     return [(f"clip{i}", torch.full(SHAPES[kind], float(i))) for i, kind in enumerate(kinds)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 5))
 def test_every_input_comes_back_once_with_its_features(kinds: list[int], batch: int) -> None:
     encoder = Means()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -37,6 +37,7 @@ def test_channels_are_the_components_in_order_of_variance() -> None:
     assert (red.diff() >= 0).all()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50))
 def test_colours_do_not_depend_on_the_axes_the_features_came_in(seed: int) -> None:
     x = features(2, 4, 4, 6, seed=seed) * torch.logspace(0, -2, 6)

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from fastjepa.checkpoint import EncoderSizes, write_encoder
 from fastjepa.data.augment import normalise
 from fastjepa.data.media import load_for_features
-from fastjepa.features.run import extract_files, load_encoder
+from fastjepa.features.run import extract_files
 from fastjepa.model import Encoder
+from fastjepa.pretrained import load
 
 SIZES = EncoderSizes(
     width=48, depth=4, heads=2, mlp_width=96, levels=(1, 3), patch=16, tubelet=2,
-    interpolate_rope=True,
+    interpolate_rope=True, rope="interleaved", generation="2.1",
 )  # fmt: skip
 
 
@@ -40,8 +41,8 @@ def exported(tmp_path: Path) -> Path:
 
 
 def test_videos_and_images_become_features(exported: Path, tmp_path: Path) -> None:
-    encoder, sizes = load_encoder(exported)
-    assert sizes["levels"] == (1, 3)
+    encoder = load(exported)
+    assert encoder.levels == (1, 3)
     found = list(
         extract_files(encoder, [VIDEO, IMAGE], tmp_path / "out", levels=[1, 3], size=64, frames=4)
     )
@@ -60,7 +61,7 @@ def test_videos_and_images_become_features(exported: Path, tmp_path: Path) -> No
 
 
 def test_arrays_any_resolution_and_no_overwriting(exported: Path, tmp_path: Path) -> None:
-    encoder, _ = load_encoder(exported)
+    encoder = load(exported)
     out = tmp_path / "out"
     for size in (32, 96):
         (one,) = extract_files(encoder, [IMAGE], out, size=size, form="npy", overwrite=True)
@@ -72,7 +73,7 @@ def test_arrays_any_resolution_and_no_overwriting(exported: Path, tmp_path: Path
 def test_a_bad_file_is_named_and_the_others_go_on(exported: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing")
-    encoder, _ = load_encoder(exported)
+    encoder = load(exported)
     found = list(extract_files(encoder, [str(bad), VIDEO], tmp_path / "out", size=32, frames=2))
     assert [bool(one.paths) for one in found] == [True, False]
     assert "bad.mp4" in found[1].reason
@@ -85,6 +86,6 @@ def test_a_bad_file_is_named_and_the_others_go_on(exported: Path, tmp_path: Path
 def test_bad_options_are_named(
     exported: Path, tmp_path: Path, option: dict[str, object], words: str
 ) -> None:
-    encoder, _ = load_encoder(exported)
+    encoder = load(exported)
     with pytest.raises(ValueError, match=words):
         list(extract_files(encoder, [VIDEO], tmp_path / "out", **option))  # type: ignore[arg-type]

@@ -116,12 +116,79 @@ def test_blocks_beyond_the_last_wanted_level_do_not_run() -> None:
 
 def test_dense_features_are_the_last_level_on_its_grid() -> None:
     encoder = small()
-    (features,) = encoder.features(clip(height=24))
+    features = encoder.features(clip(height=24))
     assert features.shape == (2, 2, 3, 4, 16)
     last = encoder(clip(height=24))[-1]
     torch.testing.assert_close(features.flatten(0, 3), last)
     both = encoder.features(clip(), levels=(0, 3))
     assert [tuple(f.shape) for f in both] == [(2, 2, 4, 4, 16)] * 2
+
+
+def test_features_of_images_and_pooled_features() -> None:
+    encoder = small()
+    image = clip(frames=1)
+    torch.testing.assert_close(encoder.features(image[:, :, 0]), encoder.features(image))
+    grid = encoder.features(clip(), levels=(0, 3))
+    pooled = encoder.features(clip(), levels=(0, 3), pool="mean")
+    for one, whole in zip(pooled, grid, strict=True):
+        torch.testing.assert_close(one, whole.flatten(1, 3).mean(1))
+    assert encoder.features(clip(), pool="mean").shape == (2, 16)
+    with pytest.raises(ValueError, match="pool: expected None or 'mean', got 'max'"):
+        encoder.features(clip(), pool="max")  # type: ignore[call-overload]
+
+
+def test_features_are_taken_in_the_weights_type() -> None:
+    assert small().features(clip().double()).dtype == torch.float32
+    encoder = small().double()
+    torch.testing.assert_close(encoder.features(clip()), encoder.features(clip().double()))
+
+
+SECOND: dict[str, object] = {"generation": "2", "rope": "tiled", "interpolate_rope": False}
+
+
+def test_v_jepa_2_has_one_tokenizer_and_one_norm() -> None:
+    encoder = small(**SECOND)
+    state = encoder.state_dict()
+    assert {name for name in state if not name.startswith("blocks.")} == {
+        "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias",
+    }  # fmt: skip
+    torch.nn.init.normal_(encoder.norm.weight)
+    first, last = encoder(clip(), levels=(0, 3))
+    for level in (first, last):
+        assert level.shape == (64, 16)
+    with torch.no_grad():
+        encoder.norm.weight.mul_(2.0)
+    torch.testing.assert_close(encoder(clip(), levels=(0, 3)), [2 * first, 2 * last])
+
+
+def test_v_jepa_2_reads_an_image_as_a_still_clip() -> None:
+    encoder = small(**SECOND)
+    image = clip(frames=1)
+    still = encoder.features(image.expand(-1, -1, 2, -1, -1))
+    assert torch.equal(encoder.features(image), still)
+    assert still.shape == (2, 1, 4, 4, 16)
+
+
+@pytest.mark.parametrize("option", [{"rope": "spiral"}, {"generation": "3"}])
+def test_unknown_layouts_are_refused(option: dict[str, object]) -> None:
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}: expected one of .*, got "):
+        small(**option)
+
+
+@pytest.mark.parametrize("attention", ["auto", "math"])
+def test_tiled_positions_are_other_positions_and_train(attention: str) -> None:
+    # In heads of 8 channels an axis has one frequency, and both layouts are one.
+    tiled = small(rope="tiled", attention=attention, width=32).double()
+    plain = small(attention=attention, width=32).double()
+    assert tiled.state_dict().keys() == plain.state_dict().keys()
+    found = tiled(clip().double())[-1]
+    assert not torch.allclose(found, plain(clip().double())[-1])
+    torch.testing.assert_close(
+        found, small(rope="tiled", attention="math", width=32).double()(clip().double())[-1]
+    )
+    found.square().mean().backward()
+    assert all(block.attn.qkv.weight.grad.any() for block in tiled.blocks)  # type: ignore[union-attr]
 
 
 def test_visible_tokens_see_one_another_alone() -> None:
@@ -170,14 +237,14 @@ def test_one_frame_is_an_image_with_weights_of_its_own() -> None:
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_any_grid_runs(frames: int, height: int, width: int, image: bool) -> None:
     t = 1 if image else 2 * frames
-    (features,) = small().features(clip(1, t, 8 * height, 8 * width))
+    features = small().features(clip(1, t, 8 * height, 8 * width))
     assert features.shape == (1, 1 if image else frames, height, width, 16)
     assert features.isfinite().all()
 
 
 def test_384_px_runs() -> None:
     encoder = small(patch=16)
-    (features,) = encoder.features(clip(1, 2, 384, 384))
+    features = encoder.features(clip(1, 2, 384, 384))
     assert features.shape == (1, 1, 24, 24, 16)
 
 

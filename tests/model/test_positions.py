@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastjepa.model.positions import rotary_table
+from fastjepa.model.positions import rotary_table, turn_tiled
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -88,3 +88,45 @@ def test_it_has_the_precision_of_its_use() -> None:
 def test_heads_that_cannot_be_turned_are_refused(head_dim: int) -> None:
     with pytest.raises(ValueError, match=f"head width: expected an even number.*got {head_dim}"):
         rotary_table((1, 2, 2), head_dim, like=LIKE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    st.sampled_from([6, 8, 16, 32, 64, 80]),
+    st.booleans(),
+)
+def test_the_tiled_layout_repeats_the_list_of_frequencies(
+    grid: tuple[int, int, int], head_dim: int, interpolate: bool
+) -> None:
+    """V-JEPA 2: channel c of an axis has frequency c mod m/2, where 2.1 has c div 2."""
+    table = rotary_table(grid, head_dim, like=LIKE, interpolate=interpolate, rope="tiled")
+    assert table.shape == (math.prod(grid), head_dim, 2)
+    pairs = (head_dim // 3) // 2
+    wide = rotary_table(grid, head_dim, like=LIKE, interpolate=interpolate)
+    for axis in range(3):
+        found = table[:, 2 * pairs * axis : 2 * pairs * (axis + 1)].unflatten(1, (2, pairs))
+        expected = wide[:, pairs * axis : pairs * (axis + 1)]
+        assert torch.equal(found[:, 0], expected)
+        assert torch.equal(found[:, 1], expected)
+    assert torch.equal(
+        table[:, 6 * pairs :, 0], torch.ones(len(table), head_dim - 6 * pairs).double()
+    )
+    assert not table[:, 6 * pairs :, 1].any()
+
+
+def test_the_tiled_turn_mixes_neighbours_each_by_its_own_angle() -> None:
+    torch.manual_seed(0)
+    grid, heads, channels = (2, 3, 2), 2, 16
+    table = rotary_table(grid, channels, like=LIKE, rope="tiled")
+    qkv = torch.randn(3, 12, 3, heads, channels, dtype=torch.float64, requires_grad=True)
+    out = turn_tiled(qkv, table[None])
+    for n, h, c in ((0, 0, 0), (5, 1, 3), (11, 0, 8), (7, 1, 12), (7, 1, 15)):
+        cos, sin = table[n, c].tolist()
+        beside = -qkv[0, n, 0, h, c + 1] if c % 2 == 0 else qkv[0, n, 0, h, c - 1]
+        expected = qkv[0, n, 0, h, c] * cos + beside * sin
+        assert out[0, n, 0, h, c].item() == pytest.approx(expected.item(), abs=1e-12)
+    assert torch.equal(out[:, :, 2], qkv[:, :, 2])
+    assert torch.autograd.gradcheck(
+        lambda x: turn_tiled(x, table[None]), qkv[:1].detach().requires_grad_()
+    )
