@@ -1,4 +1,8 @@
-"""A step's number to its batch of clips: plan, decode, augment. Runs in the loader's workers."""
+"""A step's number to its batch of clips: plan, decode, augment. Runs in the loader's workers.
+
+Where a device decodes, the workers cut instead: compressed pictures for the files its `operators`
+can have, and pixels as ever for the others.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,12 +10,13 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastjepa.data.augment import crop_resize_flip
-from fastjepa.data.batch import Batch
+from fastjepa.data.batch import Batch, Sample, pack
 from fastjepa.data.clip_plan import ClipPlan, plan_clip, sample_index
+from fastjepa.data.cut import Operators, cut_clip
 from fastjepa.data.decoder import ClipDecoder, DecodeError, Frame
+from fastjepa.data.manifest import Kind
 from fastjepa.data.mixture import Mixture
 from fastjepa.data.quarantine import TooManyBadFiles
 
@@ -42,27 +47,32 @@ class ClipSource:
     rank: int
     ranks: int
     extras: Callable[[int], object] | None
+    operators: Operators | None = None
     _bad: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __getitem__(self, step: int) -> Batch:
         """Make step's batch. Raises TooManyBadFiles when a sample finds no readable file."""
-        clip = torch.empty((self.batch, 3, self.frames, self.crop, self.crop), dtype=torch.uint8)
         bad: dict[str, str] = {}
-        for slot in range(self.batch):
-            index = sample_index(
-                step, rank=self.rank, ranks=self.ranks, batch=self.batch, slot=slot
-            )
-            clip[slot] = self._sample(index, bad)
+        samples = [self.sample(step, slot, 0, bad) for slot in range(self.batch)]
         extras = None if self.extras is None else self.extras(step)
-        return Batch(step, clip, extras, list(bad.items()))
+        if self.operators is None:
+            clip = torch.stack([sample.data for sample in samples])
+            return Batch(step, clip, extras, list(bad.items()))
+        data, parts = pack(samples)
+        return Batch(step, data, extras, list(bad.items()), parts)
 
-    def _sample(self, index: int, bad: dict[str, str]) -> Tensor:
-        """Sample `index` as uint8 [3, T, S, S]; files that failed on the way are added to `bad`."""
-        for attempt in range(MAX_ATTEMPTS):
+    def sample(self, step: int, slot: int, attempt: int, bad: dict[str, str]) -> Sample:
+        """The first sample from draw `attempt` on whose file can be read.
+
+        Files that failed on the way are added to `bad`. Raises TooManyBadFiles.
+        """
+        index = sample_index(step, rank=self.rank, ranks=self.ranks, batch=self.batch, slot=slot)
+        draw = attempt
+        for draw in range(attempt, MAX_ATTEMPTS):
             plan = plan_clip(
                 self.seed,
                 index,
-                attempt,
+                draw,
                 scale=self.scale,
                 aspect=self.aspect,
                 flip=self.flip,
@@ -73,28 +83,43 @@ class ClipSource:
                 bad[path] = self._bad[path]
                 continue
             try:
-                frames = self.decoder(
-                    path,
-                    kind,
-                    start_fraction=plan.start,
-                    frames=self.frames,
-                    fps=self.fps,
-                    transform=_Augment(plan, self.crop),
-                )
+                return self._read(path, kind, plan, draw)
             except DecodeError as error:
                 bad[path] = error.reason
                 if error.whole_file:
                     self._bad[path] = error.reason
                     if len(self._bad) == self.mixture.num_files:
                         break
-                continue
-            return torch.from_numpy(frames).transpose(0, 1)
         path, reason = next(reversed(bad.items()))
         raise TooManyBadFiles(
-            f"no readable file was found for sample {index} in {attempt + 1} draws; "
+            f"no readable file was found for sample {index} in {draw + 1} draws; "
             f"the last is {path}: {reason}",
             bad.items(),
         )
+
+    def _read(self, path: str, kind: Kind, plan: ClipPlan, draw: int) -> Sample:
+        if self.operators is not None and kind == "video":
+            found = cut_clip(
+                path,
+                self.operators,
+                start_fraction=plan.start,
+                frames=self.frames,
+                fps=self.fps,
+                box=plan.box,
+                flip=plan.flip,
+            )
+            if found is not None:
+                data, cut = found
+                return Sample(path, draw, torch.frombuffer(data, dtype=torch.uint8), cut)
+        frames = self.decoder(
+            path,
+            kind,
+            start_fraction=plan.start,
+            frames=self.frames,
+            fps=self.fps,
+            transform=_Augment(plan, self.crop),
+        )
+        return Sample(path, draw, torch.from_numpy(frames).transpose(0, 1))
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def decode_clip(
     )
     try:
         with open_container(path, cache) as container:
-            length = _header_length(container, video_stream(container, path))
+            length = header_length(container, video_stream(container, path))
             clip = None if length is None else read(container, length=length)
         if clip is None:
             length = _measured_length(path, cache)
@@ -128,7 +128,7 @@ def video_stream(container: InputContainer, path: str) -> VideoStream:
     return stream
 
 
-def _header_length(container: InputContainer, stream: VideoStream) -> float | None:
+def header_length(container: InputContainer, stream: VideoStream) -> float | None:
     """Seconds of video by the header, or None where it does not say."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)

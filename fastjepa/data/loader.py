@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from inspect import GEN_CLOSED, getgeneratorstate
 from multiprocessing import resource_tracker
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastjepa.data.batch import Batch
+from fastjepa.data.batch import Batch, DeviceDecoder
 from fastjepa.data.clip_source import ClipSource
 from fastjepa.data.decoder import ClipDecoder
 from fastjepa.data.files import Entry
@@ -53,8 +53,9 @@ class Loader:
     `crop` pixels (`scale`, `aspect`, `flip`: see `plan_clip`). `stream` sets apart loaders of one
     seed. `workers` processes (0: in this one) each hold up to `prefetch` batches ready.
     `extras(step)` is called in the worker, must be picklable, and its result travels as
-    `Batch.extras`. `pin_memory` puts clips in pinned memory where there is an accelerator. Raises
-    ValueError for an argument that cannot be.
+    `Batch.extras`. `pin_memory` puts clips in pinned memory where there is an accelerator. With a
+    `device_decoder` the workers cut what it can decode out of the files, and it makes the clips, in
+    this process. Raises ValueError for an argument that cannot be.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Loader:
         extras: Callable[[int], object] | None = None,
         pin_memory: bool = False,
         decoder: ClipDecoder = decode_media,
+        device_decoder: DeviceDecoder | None = None,
     ) -> None:
         _check(batch=batch, frames=frames, fps=fps, crop=crop, prefetch=prefetch)
         if not 0 <= rank < ranks:
@@ -107,7 +109,9 @@ class Loader:
             rank=rank,
             ranks=ranks,
             extras=extras,
+            operators=None if device_decoder is None else device_decoder.operators,
         )
+        self._device_decoder = device_decoder
         self._workers = workers
         self._prefetch = prefetch
         self._pin_memory = pin_memory and torch.accelerator.is_available()
@@ -129,7 +133,9 @@ class Loader:
 
     def first_clip(self) -> Batch:
         """The first sample alone, made here and now without extras. Raises TooManyBadFiles."""
-        return replace(self._source, batch=1, extras=None)[0]
+        source = replace(self._source, batch=1, extras=None)
+        with closing(self._decoded(iter([source[0]]), source)) as decoded:
+            return next(decoded)
 
     def close(self) -> None:
         """End the iterators that are under way, and their workers."""
@@ -137,14 +143,18 @@ class Loader:
 
     def _checked(self, start: int, stop: int) -> Generator[Batch, None, None]:
         made = self._in_workers(start, stop) if self._workers else self._in_process(start, stop)
-        try:
-            for batch in made:
+        with closing(made), closing(self._decoded(made, self._source)) as decoded:
+            for batch in decoded:
                 excess = self._note(batch)
                 yield batch
                 if excess is not None:
                     raise excess
-        finally:
-            made.close()
+
+    def _decoded(self, made: Iterator[Batch], source: ClipSource) -> Generator[Batch, None, None]:
+        if self._device_decoder is None:
+            yield from made
+        else:
+            yield from self._device_decoder.finish(made, source.sample)
 
     def _note(self, batch: Batch) -> TooManyBadFiles | None:
         try:
@@ -207,7 +217,8 @@ class _Answers:
             batch = self._source[step]
         except TooManyBadFiles as error:
             return [_packed(error)]
-        return [_packed((batch.step, batch.extras, batch.bad)), batch.clip]
+        rest = (batch.step, batch.extras, batch.bad, batch.parts)
+        return [_packed(rest), batch.clip]
 
 
 def _packed(rest: object) -> Tensor:
@@ -227,8 +238,8 @@ def _next_batch(answers: Any) -> Batch:
     rest = pickle.loads(packed.numpy().tobytes())
     if isinstance(rest, TooManyBadFiles):
         raise rest
-    step, extras, bad = rest
-    return Batch(step, clip[0], extras, bad)
+    step, extras, bad, parts = rest
+    return Batch(step, clip[0], extras, bad, parts)
 
 
 def _obituary(dead: Sequence[SpawnProcess]) -> str:
