@@ -41,7 +41,12 @@ def resize_for_features(frames_THWC: Frame, size: int, patch: int) -> Tensor:
 
 
 def normalise(clip: Tensor) -> Tensor:
-    """Bring uint8 [..., 3, T, H, W] to float32 by ImageNet's mean and deviation, on its device."""
+    """Bring uint8 [..., 3, T, H, W] to float32 by ImageNet's mean and deviation, on its device.
+
+    A float32 clip is returned as it is: its decoder has done so.
+    """
+    if clip.is_floating_point():
+        return clip
     mean = torch.tensor(IMAGENET_MEAN, device=clip.device).mul_(255.0).view(3, 1, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=clip.device).mul_(255.0).view(3, 1, 1, 1)
     return clip.to(torch.float32).sub_(mean).div_(std)

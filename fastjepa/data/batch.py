@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastjepa.data.cut import Cut, Operators
+from fastjepa.data.clip_plan import Box
+from fastjepa.data.cut import Cut
 from fastjepa.data.quarantine import BadFile
 
 
@@ -61,21 +62,38 @@ class BatchSource(Protocol):
     def close(self) -> None: ...
 
 
-# (step, slot, first attempt, bad files met) to the next sample that can be read.
+# (step, slot, first attempt, bad files met) to the next sample that can be read, as pixels.
 Redraw = Callable[[int, int, int, dict[str, str]], Sample]
 
 
-class DeviceDecoder(Protocol):
-    """Decodes in the training process what the workers have cut out.
+class ClipCutter(Protocol):
+    """Takes a clip's compressed pictures out of a file, or returns None: see `cut_clip`."""
 
-    `finish` turns packed batches into whole ones, in order. A sample that it cannot decode it
-    replaces by `redraw`, and names the file in `Batch.bad`.
+    def __call__(
+        self,
+        path: str,
+        *,
+        start_fraction: float,
+        frames: int,
+        fps: float,
+        box: Callable[[int, int], Box],
+        flip: bool,
+    ) -> tuple[bytearray, Cut] | None: ...
+
+
+class DeviceDecoder(Protocol):
+    """Decodes in the training process what the workers have taken out with its `cutter`.
+
+    `finish` turns packed batches of up to `batch` clips into whole ones of `crop` pixels, in order.
+    A sample that it cannot decode it takes from `redraw`, and names the file in `Batch.bad`.
     """
 
     @property
-    def operators(self) -> Operators: ...
+    def cutter(self) -> ClipCutter: ...
 
-    def finish(self, batches: Iterator[Batch], redraw: Redraw) -> Generator[Batch, None, None]: ...
+    def finish(
+        self, batches: Iterator[Batch], redraw: Redraw, *, batch: int, crop: int
+    ) -> Generator[Batch, None, None]: ...
 
 
 def pack(samples: Sequence[Sample]) -> tuple[Tensor, tuple[Part, ...]]:

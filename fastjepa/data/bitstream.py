@@ -4,7 +4,7 @@ Decoders outside FFmpeg count packets and believe the container. These facts tel
 which a packet is not one picture, or the size changes on the way.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 Shape = bytes | tuple[int, int]
@@ -41,7 +41,7 @@ def _vp9(data: bytes, keyframe: bool) -> Coded:
     """A packet may hold hidden pictures before the one it shows (a superframe)."""
     frames = [_vp9_frame(_Bits(frame)) for frame in _vp9_frames(data)]
     return Coded(
-        keyframe and frames[0].starts,
+        keyframe and bool(frames) and frames[0].starts,
         sum(frame.shown for frame in frames),
         frozenset[Shape]().union(*(frame.shapes for frame in frames)),
     )
@@ -131,20 +131,17 @@ def _hevc(data: bytes, keyframe: bool) -> Coded:
     return Coded(keyframe and any(16 <= kind <= 21 for kind, _ in units), 1, headers)
 
 
-def _nal_units(data: bytes) -> Iterator[bytes]:
-    """Units after start codes (streams) or after lengths of four bytes (MP4, Matroska)."""
-    if data.startswith((_START_CODE, b"\x00" + _START_CODE)):
-        for unit in data.split(_START_CODE)[1:]:
-            if unit.rstrip(b"\x00"):
-                yield unit.rstrip(b"\x00")
-        return
-    at = 0
+def _nal_units(data: bytes) -> list[bytes]:
+    """Units after lengths of four bytes (MP4, Matroska), or after start codes (streams)."""
+    units, at = [], 0
     while at + 4 < len(data):
         size = int.from_bytes(data[at : at + 4], "big")
-        if not 0 < size <= len(data) - at - 4:
-            return
-        yield data[at + 4 : at + 4 + size]
+        units.append(data[at + 4 : at + 4 + size])
         at += 4 + size
+    if at == len(data) and all(units):
+        return units
+    stripped = (unit.rstrip(b"\x00") for unit in data.split(_START_CODE)[1:])
+    return [unit for unit in stripped if unit]
 
 
 class _Bits:

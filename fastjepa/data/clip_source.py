@@ -1,7 +1,7 @@
 """A step's number to its batch of clips: plan, decode, augment. Runs in the loader's workers.
 
-Where a device decodes, the workers cut instead: compressed pictures for the files its `operators`
-can have, and pixels as ever for the others.
+Where a device decodes, a `cutter` takes the compressed pictures out of the files that the device
+can have; the others are decoded here as ever.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from fastjepa.data.augment import crop_resize_flip
-from fastjepa.data.batch import Batch, Sample, pack
+from fastjepa.data.batch import Batch, ClipCutter, Sample, pack
 from fastjepa.data.clip_plan import ClipPlan, plan_clip, sample_index
-from fastjepa.data.cut import Operators, cut_clip
 from fastjepa.data.decoder import ClipDecoder, DecodeError, Frame
-from fastjepa.data.manifest import Kind
+from fastjepa.data.files import Kind
 from fastjepa.data.mixture import Mixture
 from fastjepa.data.quarantine import TooManyBadFiles
 
@@ -47,7 +46,7 @@ class ClipSource:
     rank: int
     ranks: int
     extras: Callable[[int], object] | None
-    operators: Operators | None = None
+    cutter: ClipCutter | None = None
     _bad: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __getitem__(self, step: int) -> Batch:
@@ -55,7 +54,7 @@ class ClipSource:
         bad: dict[str, str] = {}
         samples = [self.sample(step, slot, 0, bad) for slot in range(self.batch)]
         extras = None if self.extras is None else self.extras(step)
-        if self.operators is None:
+        if self.cutter is None:
             clip = torch.stack([sample.data for sample in samples])
             return Batch(step, clip, extras, list(bad.items()))
         data, parts = pack(samples)
@@ -98,10 +97,9 @@ class ClipSource:
         )
 
     def _read(self, path: str, kind: Kind, plan: ClipPlan, draw: int) -> Sample:
-        if self.operators is not None and kind == "video":
-            found = cut_clip(
+        if self.cutter is not None and kind == "video":
+            found = self.cutter(
                 path,
-                self.operators,
                 start_fraction=plan.start,
                 frames=self.frames,
                 fps=self.fps,

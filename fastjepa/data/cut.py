@@ -7,7 +7,6 @@ empty pictures, and the file may lie anywhere that PyAV can read.
 """
 
 import io
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -22,6 +21,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from fastjepa.data.bitstream import Shape, read_packet
+from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.clip_plan import Box
 from fastjepa.data.decode_pyav import (
     SEEK_MARGINS,
@@ -31,6 +31,7 @@ from fastjepa.data.decode_pyav import (
     video_stream,
 )
 from fastjepa.data.decoder import DecodeError, check_size
+from fastjepa.data.frame_times import clip_times, seconds_of, shown_at
 from fastjepa.data.turn import Turn, turn_of
 
 # A picture is shown at most so many pictures after it was sent (H.264 and HEVC: 16 are held back).
@@ -66,41 +67,45 @@ class Cut(NamedTuple):
 
 def cut_clip(
     path: str,
-    operators: Operators,
     *,
     start_fraction: float,
     frames: int,
     fps: float,
     box: Callable[[int, int], Box],
     flip: bool,
+    operators: Operators,
+    cache: Cache = DEFAULT,
 ) -> tuple[bytearray, Cut] | None:
     """Cut the clip that `decode_clip` would read; None for a file that the operators cannot have.
 
     `box(height, width)` chooses the crop of the upright picture. Raises DecodeError for a file
     without such a clip.
     """
+
+    def cut_from(container: InputContainer, length: float) -> tuple[bytearray, Cut] | None:
+        stream = video_stream(container, path)
+        times = clip_times(length, start_fraction, frames, fps)
+        taken = _take(container, stream, times, until=min(times[-1], length) - 1.0 / fps)
+        return None if taken is None else _cut(path, stream, taken, operators, box, flip)
+
     try:
-        with open_container(path) as container:
+        with open_container(path, cache) as container:
             stream = video_stream(container, path)
             if stream.codec_context.codec.canonical_name not in operators.codecs:
                 return None
             length = header_length(container, stream)
-            taken = None
-            if length is not None:
-                taken = _take(container, stream, length, start_fraction, frames, fps)
-            if taken is not None:
-                return _cut(path, stream, taken, operators, box, flip)
-        length = measured_length(path)
-        with open_container(path) as container:
-            stream = video_stream(container, path)
-            taken = _take(container, stream, length, start_fraction, frames, fps)
-            if taken is not None:
-                return _cut(path, stream, taken, operators, box, flip)
+            found = None if length is None else cut_from(container, length)
+        if found is None:
+            length = measured_length(path, cache)
+            with open_container(path, cache) as container:
+                found = cut_from(container, length)
     except _UnfitError:
         return None
     except av.FFmpegError as error:
         raise DecodeError(path, f"cannot be decoded ({error.strerror})") from None
-    raise DecodeError(path, f"frames are missing within its {length:.2f} s")
+    if found is None:
+        raise DecodeError(path, f"frames are missing within its {length:.2f} s")
+    return found
 
 
 class _UnfitError(Exception):
@@ -123,29 +128,16 @@ class _Taken(NamedTuple):
 
 
 def _take(
-    container: InputContainer,
-    stream: VideoStream,
-    length: float,
-    start_fraction: float,
-    frames: int,
-    fps: float,
+    container: InputContainer, stream: VideoStream, times: list[float], until: float
 ) -> _Taken | None:
-    """The clip placed in `length` seconds, or None when the file ends before the clip does."""
-    start = start_fraction * max(0.0, length - frames / fps)
-    times = [start + i / fps for i in range(frames)]
+    """The pictures on screen at `times`, or None for a file whose pictures end before `until`."""
     assert stream.time_base is not None
     tick, origin = float(stream.time_base), stream.start_time or 0
-    # As in decode_pyav: timestamps are rounded to ticks.
-    slack = min(tick / 2.0, 0.0005) + 1e-6
-
-    def shown_at(pts: int) -> float:
-        return (pts - origin) * tick - slack
-
     pictures: list[_Picture] = []
     beyond, ended = 0, True
-    for picture in _pictures(_packets_from(container, stream, start, shown_at), stream):
+    for picture in _pictures(_packets_from(container, stream, times[0]), stream):
         pictures.append(picture)
-        beyond += shown_at(picture.pts) > times[-1]
+        beyond += seconds_of(picture.pts, origin, tick) > times[-1]
         if beyond > _MAX_REORDERED:
             ended = False
             break
@@ -156,28 +148,28 @@ def _take(
         return None
     if len({picture.pts for picture in shown}) < len(shown):
         raise _UnfitError
-    last = shown[-1]
-    end = shown_at(last.pts) + slack + _duration(last.packet, stream)
-    if ended and end + 1.0 / fps < min(times[-1], length):
+    end = (shown[-1].pts - origin) * tick + _duration(shown[-1].packet, stream)
+    if ended and end < until:
         return None
-    starts = [shown_at(picture.pts) for picture in shown]
-    return _Taken(pictures, [shown[max(0, bisect_right(starts, t) - 1)].pts for t in times])
+    seconds = [seconds_of(picture.pts, origin, tick) for picture in shown]
+    return _Taken(pictures, [shown[i].pts for i in shown_at(times, seconds)])
 
 
 def _packets_from(
-    container: InputContainer, stream: VideoStream, time: float, shown_at: Callable[[int], float]
+    container: InputContainer, stream: VideoStream, time: float
 ) -> "Iterator[Packet[VideoStream]]":
     """Packets from a keyframe at `time` or before."""
     if time <= 0.0 or stream.start_time is None:
         return _from_keyframe(container.demux(stream))
     assert stream.time_base is not None
+    tick = float(stream.time_base)
     for margin in SEEK_MARGINS:
-        container.seek(
-            stream.start_time + int(max(0.0, time - margin) / stream.time_base), stream=stream
-        )
+        container.seek(stream.start_time + int(max(0.0, time - margin) / tick), stream=stream)
         packets = _from_keyframe(container.demux(stream))
         first = next(packets, None)
-        if first is not None and first.pts is not None and shown_at(first.pts) <= time:
+        if first is None or first.pts is None:
+            continue
+        if seconds_of(first.pts, stream.start_time, tick) <= time:
             return chain([first], packets)
     raise _UnfitError
 
@@ -240,7 +232,7 @@ def _cut(
         places=tuple(asked.index(pts) for pts in taken.wanted),
         corners=_corners(box(*upright), upright, turn, flip),
         transposed=turn.transposed,
-        colours=_colours(first.colorspace),
+        colours=matrix_from_601(first.colorspace),
     )
     return _mux(stream, pictures, number), cut
 
@@ -311,7 +303,8 @@ def _corners(
     return (left, top, right, bottom) if turn.transposed else (top, left, bottom, right)
 
 
-def _colours(colorspace: int) -> tuple[float, ...]:
+def matrix_from_601(colorspace: int) -> tuple[float, ...]:
+    """RGB made by BT.601 to RGB of FFmpeg's `colorspace`, a 3 x 3 matrix row by row."""
     assumed = _to_rgb(0.299, 0.114)
     # By FFmpeg's numbers: BT.709, FCC, SMPTE 240M, BT.2020.
     red_blue = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087), 9: (0.2627, 0.0593)}

@@ -4,16 +4,16 @@ The workers have chosen the pictures (cut.py), so the graph only decodes, crops,
 lays out and normalises. Samples that came as pixels join it after the resizing. Its output is the
 batch, handed to torch where it lies.
 
-One sample that does not decode makes DALI give up the whole pipeline object. Then the samples in
-flight are tried one by one, those that fail are replaced, and a new pipeline goes on from there.
+One sample that does not decode makes DALI give up the whole pipeline object. Then the samples under
+way are tried one by one, PyAV has a go at those that fail, and a new pipeline goes on from there.
 
 Only this file imports DALI.
 """
 
-import gc
 import importlib.util
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from fastjepa.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastjepa.data.batch import Batch, Redraw, Sample, unpack
-from fastjepa.data.cut import Operators
+from fastjepa.data.batch import Batch, ClipCutter, Redraw, Sample, unpack
+from fastjepa.data.cache import DEFAULT, Cache
+from fastjepa.data.cut import Operators, cut_clip
 
 # What DALI's FFmpeg decodes (DALI 2.4).
 ON_CPU = Operators(frozenset({"vp8", "vp9", "mjpeg"}))
@@ -46,6 +47,8 @@ _SOURCES: dict[str, tuple[str, int]] = {
 _PIPELINE_ERRORS = (RuntimeError, ValueError, IndexError, TypeError)
 
 Arrays = tuple[list[np.ndarray], ...]
+# (source, batch, ahead) to a pipeline.
+_Build = Callable[[Callable[[], Arrays], int, int], Any]
 
 
 def why_not() -> str | None:
@@ -60,64 +63,65 @@ def why_not() -> str | None:
 
 
 class DaliDecoder:
-    """A DeviceDecoder: batches of `batch` clips of `crop` pixels, on `device`.
+    """A DeviceDecoder on `device`, a CPU or a CUDA device.
 
     `threads` decode on a CPU; `ahead` batches are under way at a time. Clips are uint8, or float32
-    by ImageNet's mean and deviation if `normalised`.
+    by ImageNet's mean and deviation if `normalised`. Remote files go through `cache`.
     """
 
     def __init__(
         self,
         device: torch.device,
         *,
-        batch: int,
-        crop: int,
         threads: int,
         normalised: bool,
         ahead: int = 2,
+        cache: Cache = DEFAULT,
     ) -> None:
-        self.operators = ON_GPU if device.type == "cuda" else ON_CPU
+        operators = ON_GPU if device.type == "cuda" else ON_CPU
+        self.cutter: ClipCutter = partial(cut_clip, operators=operators, cache=cache)
         self._device = device
-        self._batch = batch
-        self._crop = crop
         self._threads = threads
         self._normalised = normalised
         self._ahead = ahead
 
-    def finish(self, batches: Iterator[Batch], redraw: Redraw) -> Generator[Batch, None, None]:
+    def finish(
+        self, batches: Iterator[Batch], redraw: Redraw, *, batch: int, crop: int
+    ) -> Generator[Batch, None, None]:
         """Decode packed batches, in order; see `DeviceDecoder`. Raises what `batches` raises."""
         flow = _Flow(batches)
-        pipeline = self._pipeline(flow.next_arrays, self._ahead)
+        build = partial(self._build, crop=crop)
+        pipeline = build(flow.next_arrays, batch, self._ahead)
         while True:
             try:
                 pipeline.schedule_run()
                 if pipeline.empty():
                     break
                 clip = self._take(pipeline)
-            except _PIPELINE_ERRORS as error:
-                if not self._mend(flow, redraw):
+            except _PIPELINE_ERRORS:
+                del pipeline
+                if not _mend(flow, redraw, build):
                     raise
-                del pipeline, error
-                gc.collect()
-                pipeline = self._pipeline(flow.next_arrays, self._ahead)
+                pipeline = build(flow.next_arrays, batch, self._ahead)
                 continue
             yield flow.finished(clip)
         if flow.failure is not None:
             raise flow.failure
 
-    def _pipeline(self, source: Callable[[], Arrays], ahead: int, batch: int | None = None) -> Any:
+    def _build(self, source: Callable[[], Arrays], batch: int, ahead: int, *, crop: int) -> Any:
         gpu = self._device.type == "cuda"
-        device_id = None if not gpu else (self._device.index or torch.cuda.current_device())
-        return build_pipeline(
+        pipeline = define_pipeline(
             source,
             device="gpu" if gpu else "cpu",
-            crop=self._crop,
+            crop=crop,
             normalised=self._normalised,
-            batch_size=batch or self._batch,
+            batch_size=batch,
             num_threads=self._threads,
-            device_id=device_id,
+            device_id=torch.cuda.current_device() if gpu else None,
             prefetch_queue_depth=ahead,
         )
+        pipeline.build()
+        return pipeline
 
     def _take(self, pipeline: Any) -> Tensor:
         """The oldest batch under way, as a tensor over DALI's own memory."""
@@ -125,38 +129,36 @@ class DaliDecoder:
         (clips,) = pipeline.outputs(cuda_stream=stream)
         return from_dlpack(clips.as_tensor())
 
-    def _mend(self, flow: "_Flow", redraw: Redraw) -> bool:
-        """Replace every sample in flight that does not decode; False if all of them do."""
-        mended = False
-        for batch, samples in flow.under_way:
-            found = dict(batch.bad)
-            todo = self._failures(samples)
-            while todo:
-                mended = True
-                for slot, reason in todo.items():
-                    found[samples[slot].path] = reason
-                    attempt = samples[slot].attempt + 1
-                    samples[slot] = redraw(batch.step, slot, attempt, found)
-                again = self._failures([samples[slot] for slot in todo])
-                todo = {slot: again[i] for i, slot in enumerate(todo) if i in again}
-            batch.bad[:] = found.items()
-        flow.start_again()
-        return mended
 
-    def _failures(self, samples: Sequence[Sample]) -> dict[int, str]:
-        """Which of the samples do not decode, and why: each is run alone."""
-        found: dict[int, str] = {}
-        at = 0
-        while at < len(samples):
-            pipeline = self._pipeline(map(_alone, samples[at:]).__next__, 1, batch=1)
-            try:
-                while at < len(samples):
-                    pipeline.run()
-                    at += 1
-            except _PIPELINE_ERRORS as error:
-                found[at] = _reason(str(error))
+def _mend(flow: "_Flow", redraw: Redraw, build: _Build) -> bool:
+    """Replace every sample under way that does not decode; False if all of them do."""
+    mended = False
+    for batch, samples in flow.under_way:
+        bad = dict(batch.bad)
+        for slot, reason in _failures(samples, build).items():
+            path, attempt, *_ = samples[slot]
+            bad[path] = reason
+            samples[slot] = redraw(batch.step, slot, attempt, bad)
+            mended = True
+        batch.bad[:] = bad.items()
+    flow.start_again()
+    return mended
+
+
+def _failures(samples: Sequence[Sample], build: _Build) -> dict[int, str]:
+    """Which of the samples do not decode, and why: each is run alone."""
+    found: dict[int, str] = {}
+    at = 0
+    while at < len(samples):
+        pipeline = build(_one_by_one(samples[at:]), 1, 1)
+        try:
+            while at < len(samples):
+                pipeline.run()
                 at += 1
-        return found
+        except _PIPELINE_ERRORS as error:
+            found[at] = _reason(str(error))
+            at += 1
+    return found
 
 
 class _Flow:
@@ -192,10 +194,10 @@ class _Flow:
         return batch._replace(clip=clip, parts=())
 
 
-def build_pipeline(
+def define_pipeline(
     source: Callable[[], Arrays], *, device: str, crop: int, normalised: bool, **options: Any
 ) -> Any:
-    """The graph on `device`, "cpu" or "gpu": out come clips [3, T, S, S], uint8 or float32.
+    """The graph on `device`, "cpu" or "gpu", yet to be built: clips [3, T, S, S], uint8 or float32.
 
     `source` gives a batch's arrays in the order of `_SOURCES`; `options` are those of a DALI
     pipeline.
@@ -244,9 +246,7 @@ def build_pipeline(
             clip = fn.normalize(clip, axes=[1, 2, 3], mean=mean, stddev=deviation)
         return clip
 
-    pipeline = pipeline_def(enable_conditionals=True)(graph)(exec_dynamic=True, **options)
-    pipeline.build()
-    return pipeline
+    return pipeline_def(enable_conditionals=True)(graph)(exec_dynamic=True, **options)
 
 
 def _arrays(samples: Sequence[Sample]) -> Arrays:
@@ -255,8 +255,10 @@ def _arrays(samples: Sequence[Sample]) -> Arrays:
     return tuple([row[name] for row in rows] for name in _SOURCES)
 
 
-def _alone(sample: Sample) -> Arrays:
-    return _arrays([sample])
+def _one_by_one(samples: Sequence[Sample]) -> Callable[[], Arrays]:
+    """A source of batches of one."""
+    todo = iter(samples)
+    return lambda: _arrays([next(todo)])
 
 
 def _of_pixels(sample: Sample) -> dict[str, np.ndarray]:

@@ -109,7 +109,7 @@ class Loader:
             rank=rank,
             ranks=ranks,
             extras=extras,
-            operators=None if device_decoder is None else device_decoder.operators,
+            cutter=None if device_decoder is None else device_decoder.cutter,
         )
         self._device_decoder = device_decoder
         self._workers = workers
@@ -154,7 +154,10 @@ class Loader:
         if self._device_decoder is None:
             yield from made
         else:
-            yield from self._device_decoder.finish(made, source.sample)
+            redraw = replace(source, cutter=None).sample
+            yield from self._device_decoder.finish(
+                made, redraw, batch=source.batch, crop=source.crop
+            )
 
     def _note(self, batch: Batch) -> TooManyBadFiles | None:
         try:
