@@ -20,6 +20,7 @@ from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import MaskGroup, Recipe, Source
 from fastjepa.config.streams import Modality, Stream
 from fastjepa.data.cache import Cache, default_folder
+from fastjepa.data.decode_dali import DaliDecoder, choose_decoder
 from fastjepa.data.files import Files
 from fastjepa.data.loader import Loader
 from fastjepa.data.manifest import read_manifest
@@ -211,6 +212,7 @@ def _loader(
     device: torch.device,
 ) -> Loader:
     data = recipe.data
+    dali = _dali(recipe, device)
     return Loader(
         datasets=datasets,
         decoder=partial(decode_media, cache=_cache(recipe)),
@@ -227,7 +229,21 @@ def _loader(
         prefetch=data.prefetch,
         max_bad_share=data.max_bad_share,
         extras=mask_maker(recipe, stream),
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda" and dali is None,
+        device_decoder=dali,
+    )
+
+
+def _dali(recipe: Recipe, device: torch.device) -> DaliDecoder | None:
+    """None where PyAV decodes, in the workers."""
+    choice = choose_decoder(recipe.data.decoder, device).name
+    if choice == "pyav":
+        return None
+    return DaliDecoder(
+        device if choice == "dali" else torch.device("cpu"),
+        threads=max(1, recipe.data.workers),
+        normalised=choice == "dali",
+        cache=_cache(recipe),
     )
 
 

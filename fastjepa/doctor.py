@@ -96,19 +96,26 @@ PACKAGES = (
     Package("flash-attn", "flash_attn", ("flash-attn",), _ATTENTION),
     Package("xformers", "xformers", ("xformers",), _ATTENTION),
     Package("deepspeed", "deepspeed", ("deepspeed",), _UNUSED, "unused"),
-    Package("DALI", "nvidia.dali", _DALI, _UNUSED, "unused"),
+    Package(
+        "DALI", "nvidia.dali", _DALI, "decodes videos on a GPU",
+        install="pip install 'fastjepa[dali]'",
+    ),
 )  # fmt: skip
 
 
 def examine() -> list[Finding]:
     """Look at everything and run the self-tests; takes seconds and raises nothing."""
     imports = {package.name: _start_import(package) for package in PACKAGES}
+    platform_found = list(_platform())
+    packages = {package.name: _package(package, imports[package.name]) for package in PACKAGES}
+    # A package is trusted in this process once it was imported in another.
+    dali = packages["DALI"].state == "ok"
     return [
-        *_platform(),
-        *(_package(package, imports[package.name]) for package in PACKAGES),
+        *platform_found,
+        *packages.values(),
         _codecs(),
-        *_backends(),
-        *_self_tests(),
+        *_backends(dali),
+        *_self_tests(dali),
     ]
 
 
@@ -278,7 +285,7 @@ def _decodes(name: str) -> bool:
     return True
 
 
-def _backends() -> Iterator[Finding]:
+def _backends(dali: bool) -> Iterator[Finding]:
     """What a run with `auto` everywhere uses, and why."""
     cuda = torch.cuda.is_available()
     if cuda:
@@ -301,12 +308,27 @@ def _backends() -> Iterator[Finding]:
         "device": device,
         "attention": attention,
         "matrix products": products,
-        "decoder": "PyAV on the CPU, in worker processes, because no other is built in yet",
+        "decoder": _decoder(torch.device("cuda" if cuda else "cpu"), dali),
         "engine": "torch in one process, because no other is built in yet",
     }
     for name, detail in chosen.items():
         yield Finding(name, "ok", detail, "backends")
     yield from _ops(torch.device("cuda" if cuda else "cpu"))
+
+
+def _decoder(device: torch.device, dali: bool) -> str:
+    """What `data.decoder: auto` chooses."""
+    pyav = "PyAV on the CPU, in worker processes, because"
+    if device.type == "cuda" and not dali:
+        return f"{pyav} DALI cannot be imported"
+    try:
+        from fastjepa.data.decode_dali import choose_decoder
+    except (ImportError, OSError) as error:
+        return f"none, because PyAV cannot be imported ({error})"
+    choice = choose_decoder("auto", device)
+    if choice.name == "pyav":
+        return f"{pyav} {choice.reason} (data.decoder: auto)"
+    return f"DALI on the device, because {choice.reason} (data.decoder: auto)"
 
 
 def _attention(device: torch.device) -> str:
@@ -327,12 +349,13 @@ def _ops(device: torch.device) -> Iterator[Finding]:
         yield Finding(f"op {name}", "ok", f"{what}, because {choice.reason}{where}", "backends")
 
 
-def _self_tests() -> Iterator[Finding]:
+def _self_tests(dali: bool) -> Iterator[Finding]:
     try:
         from fastjepa.selftest import (
             SELF_TESTS,
             block_equals_formula,
             failure,
+            frames_identical_by_dali,
             ops_equal_formulas,
         )
     except (ImportError, OSError) as error:
@@ -342,6 +365,8 @@ def _self_tests() -> Iterator[Finding]:
     if torch.cuda.is_available():
         tests["CUDA block"] = partial(block_equals_formula, "cuda")
         tests["CUDA ops"] = partial(ops_equal_formulas, "cuda")
+    if dali:
+        tests["DALI decoding"] = frames_identical_by_dali
     for name, test in tests.items():
         failed, detail = failure(test)
         yield Finding(name, "problem" if failed else "ok", detail, "self-tests")

@@ -6,7 +6,9 @@ A check returns what it found, in words; an AssertionError says what it found in
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,18 +148,29 @@ def ops_equal_formulas(device: str = "cpu") -> str:
     )  # fmt: skip
 
 
-def frames_identical() -> str:
+def frames_identical(open_loader: Callable[..., Any] | None = None) -> str:
     """Videos of every codec that can be encoded here, through the loader: the right frames."""
     from fastjepa.data.encode import encodable
     from fastjepa.data.frame_identity import count_wrong_frames
+    from fastjepa.data.loader import Loader
     from fastjepa.data.numbered import write_numbered
 
     with tempfile.TemporaryDirectory() as folder:
         codecs = enumerate(encodable())
         videos = [write_numbered(Path(folder), number, codec=codec) for number, codec in codecs]
-        count = count_wrong_frames(videos, clips=24)
+        count = count_wrong_frames(videos, open_loader or Loader, clips=24)
     assert not count.wrong, str(count)
     return str(count)
+
+
+def frames_identical_by_dali() -> str:
+    """The same through DALI, on the GPU if there is one."""
+    from fastjepa.data.decode_dali import DaliDecoder
+    from fastjepa.data.loader import Loader
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = DaliDecoder(device, threads=1, normalised=device.type == "cuda")
+    return frames_identical(partial(Loader, device_decoder=decoder))
 
 
 def checkpoint_round_trip() -> str:

@@ -146,6 +146,7 @@ class Data(Section):
     image_batch: Positive = 72
     image_share: Share = 0.5
     mix: Literal["alternate", "accumulate"] = "accumulate"
+    decoder: Literal["auto", "pyav", "dali", "dali_cpu"] = "auto"
     workers: Annotated[int, Field(ge=0)] = 8
     prefetch: Positive = 4
     max_bad_share: Share = 0.5

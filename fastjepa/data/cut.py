@@ -2,40 +2,33 @@
 
 A decoder of another kind (DALI) then gets a file of known pictures, numbered from 0 without a gap,
 a fixed time apart, and is told which to show. Which those are is settled here by timestamp, as
-decode_pyav does it. So a long video costs no more than a short one, a truncated one cannot give
-empty pictures, and the file may lie anywhere that PyAV can read.
+decode_pyav does it. So a long video costs no more than a short one, and the file may lie anywhere
+that PyAV can read. What is odd about a file (its end is missing, it has no times, its pictures are
+of several sizes) is left to FFmpeg.
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, dropwhile
 from typing import NamedTuple
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from fastjepa.data.bitstream import Shape, read_packet
 from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.clip_plan import Box
-from fastjepa.data.decode_pyav import (
-    SEEK_MARGINS,
-    header_length,
-    measured_length,
-    open_container,
-    video_stream,
-)
-from fastjepa.data.decoder import DecodeError, check_size
+from fastjepa.data.decode_pyav import header_length, open_container, video_stream
+from fastjepa.data.decoder import check_size
 from fastjepa.data.frame_times import clip_times, seconds_of, shown_at
 from fastjepa.data.turn import Turn, turn_of
+from fastjepa.data.wanted_frames import Packet, read_ahead
 
-# A picture is shown at most so many pictures after it was sent (H.264 and HEVC: 16 are held back).
-_MAX_REORDERED = 16
+_REORDERED = ("h264", "hevc")  # codecs whose pictures are not sent in the order they are shown
 _TICK = Fraction(1, 1000)
 _TICKS_PER_FRAME = 40
 
@@ -76,36 +69,26 @@ def cut_clip(
     operators: Operators,
     cache: Cache = DEFAULT,
 ) -> tuple[bytearray, Cut] | None:
-    """Cut the clip that `decode_clip` would read; None for a file that the operators cannot have.
+    """Cut the clip that `decode_clip` would read; None for one that is left to that.
 
-    `box(height, width)` chooses the crop of the upright picture. Raises DecodeError for a file
-    without such a clip.
+    `box(height, width)` chooses the crop of the upright picture. Raises DecodeError for a file that
+    cannot be opened.
     """
-
-    def cut_from(container: InputContainer, length: float) -> tuple[bytearray, Cut] | None:
-        stream = video_stream(container, path)
-        times = clip_times(length, start_fraction, frames, fps)
-        taken = _take(container, stream, times, until=min(times[-1], length) - 1.0 / fps)
-        return None if taken is None else _cut(path, stream, taken, operators, box, flip)
-
     try:
         with open_container(path, cache) as container:
             stream = video_stream(container, path)
-            if stream.codec_context.codec.canonical_name not in operators.codecs:
-                return None
             length = header_length(container, stream)
-            found = None if length is None else cut_from(container, length)
-        if found is None:
-            length = measured_length(path, cache)
-            with open_container(path, cache) as container:
-                found = cut_from(container, length)
-    except _UnfitError:
+            if length is None or _codec(stream) not in operators.codecs:
+                return None
+            times = clip_times(length, start_fraction, frames, fps)
+            packets = read_ahead(container, stream, times, min(times[-1], length) - 1.0 / fps)
+            if packets is None:
+                return None
+            pictures = _pictures(packets, stream, container)
+            wanted = _wanted(pictures, stream, times)
+            return _cut(path, stream, pictures, wanted, operators, box, flip)
+    except (_UnfitError, av.FFmpegError):
         return None
-    except av.FFmpegError as error:
-        raise DecodeError(path, f"cannot be decoded ({error.strerror})") from None
-    if found is None:
-        raise DecodeError(path, f"frames are missing within its {length:.2f} s")
-    return found
 
 
 class _UnfitError(Exception):
@@ -115,109 +98,66 @@ class _UnfitError(Exception):
 class _Picture(NamedTuple):
     """A packet and the one picture in it."""
 
-    packet: "Packet[VideoStream]"
+    packet: Packet
     pts: int
     starts: bool
 
 
-class _Taken(NamedTuple):
-    """Packets in the order of decoding, and the timestamp of each of the clip's frames."""
-
-    pictures: list[_Picture]
-    wanted: list[int]
+def _codec(stream: VideoStream) -> str:
+    name: str = stream.codec_context.codec.canonical_name
+    return name
 
 
-def _take(
-    container: InputContainer, stream: VideoStream, times: list[float], until: float
-) -> _Taken | None:
-    """The pictures on screen at `times`, or None for a file whose pictures end before `until`."""
-    assert stream.time_base is not None
-    tick, origin = float(stream.time_base), stream.start_time or 0
-    pictures: list[_Picture] = []
-    beyond, ended = 0, True
-    for picture in _pictures(_packets_from(container, stream, times[0]), stream):
-        pictures.append(picture)
-        beyond += seconds_of(picture.pts, origin, tick) > times[-1]
-        if beyond > _MAX_REORDERED:
-            ended = False
-            break
-    shown = sorted(
-        (p for p in pictures if not p.packet.is_discard), key=lambda picture: picture.pts
-    )
-    if not shown:
-        return None
-    if len({picture.pts for picture in shown}) < len(shown):
-        raise _UnfitError
-    end = (shown[-1].pts - origin) * tick + _duration(shown[-1].packet, stream)
-    if ended and end < until:
-        return None
-    seconds = [seconds_of(picture.pts, origin, tick) for picture in shown]
-    return _Taken(pictures, [shown[i].pts for i in shown_at(times, seconds)])
-
-
-def _packets_from(
-    container: InputContainer, stream: VideoStream, time: float
-) -> "Iterator[Packet[VideoStream]]":
-    """Packets from a keyframe at `time` or before."""
-    if time <= 0.0 or stream.start_time is None:
-        return _from_keyframe(container.demux(stream))
-    assert stream.time_base is not None
-    tick = float(stream.time_base)
-    for margin in SEEK_MARGINS:
-        container.seek(stream.start_time + int(max(0.0, time - margin) / tick), stream=stream)
-        packets = _from_keyframe(container.demux(stream))
-        first = next(packets, None)
-        if first is None or first.pts is None:
-            continue
-        if seconds_of(first.pts, stream.start_time, tick) <= time:
-            return chain([first], packets)
-    raise _UnfitError
-
-
-def _from_keyframe(packets: "Iterable[Packet[VideoStream]]") -> "Iterator[Packet[VideoStream]]":
-    return dropwhile(lambda packet: not (packet.size and packet.is_keyframe), packets)
-
-
-def _pictures(packets: "Iterable[Packet[VideoStream]]", stream: VideoStream) -> Iterator[_Picture]:
+def _pictures(
+    packets: Iterable[Packet], stream: VideoStream, container: InputContainer
+) -> list[_Picture]:
     """Packets that are one picture each, all of one size; those that need earlier ones left out."""
-    codec = stream.codec_context.codec.canonical_name
+    codec = _codec(stream)
+    in_turn = codec not in _REORDERED
+    if not in_turn and container.format.name == "avi":
+        raise _UnfitError  # it keeps no times, and those guessed are wrong
     shapes: frozenset[Shape] = frozenset()
-    first: _Picture | None = None
+    pictures: list[_Picture] = []
     for packet in packets:
-        if not packet.size:
-            continue
-        if packet.is_corrupt or packet.pts is None or packet.has_sidedata("new_extradata"):
-            raise _UnfitError
+        assert packet.pts is not None
         coded = read_packet(codec, bytes(packet), packet.is_keyframe)
-        shapes |= coded.shapes
         picture = _Picture(packet, packet.pts, coded.starts)
-        first = first or picture
-        if coded.shown != 1 or len(shapes) > 1 or not first.starts:
+        shapes |= coded.shapes
+        if coded.shown != 1 or len(shapes) > 1 or packet.has_sidedata("new_extradata"):
             raise _UnfitError
-        if picture.pts >= first.pts:
-            yield picture
+        if not pictures and not picture.starts:
+            raise _UnfitError
+        if not pictures or picture.pts >= pictures[0].pts:
+            pictures.append(picture)
+        elif codec != "hevc":
+            raise _UnfitError
+    times = [picture.pts for picture in pictures]
+    if len(set(times)) < len(times) or (in_turn and times != sorted(times)):
+        raise _UnfitError
+    return pictures
 
 
-def _duration(packet: "Packet[VideoStream]", stream: VideoStream) -> float:
-    """Seconds that a picture is shown for."""
-    assert stream.time_base is not None
-    if packet.duration:
-        return float(packet.duration * stream.time_base)
-    rate = stream.average_rate or stream.guessed_rate
-    return float(1 / rate) if rate else 0.04
+def _wanted(pictures: list[_Picture], stream: VideoStream, times: list[float]) -> list[int]:
+    """Timestamp of the picture on screen at each of `times`."""
+    tick, start = float(stream.time_base or 0), stream.start_time or 0
+    shown = sorted(picture.pts for picture in pictures if not picture.packet.is_discard)
+    if not shown:
+        raise _UnfitError
+    return [shown[i] for i in shown_at(times, [seconds_of(pts, start, tick) for pts in shown])]
 
 
 def _cut(
     path: str,
     stream: VideoStream,
-    taken: _Taken,
+    pictures: list[_Picture],
+    wanted: list[int],
     operators: Operators,
     box: Callable[[int, int], Box],
     flip: bool,
 ) -> tuple[bytearray, Cut]:
-    sent = [picture.pts for picture in taken.pictures]
-    end = 1 + max(sent.index(pts) for pts in taken.wanted)
-    pictures, asked = _settle_leading(taken.pictures[:end], set(taken.wanted))
+    sent = [picture.pts for picture in pictures]
+    end = 1 + max(sent.index(pts) for pts in wanted)
+    pictures, asked = _settle_leading(pictures[:end], set(wanted))
     number = {pts: i for i, pts in enumerate(sorted(picture.pts for picture in pictures))}
     first = _decode_first(stream, pictures[0].packet)
     height, width = first.height, first.width
@@ -229,7 +169,7 @@ def _cut(
     upright = (width, height) if turn.transposed else (height, width)
     cut = Cut(
         numbers=tuple(number[pts] for pts in asked),
-        places=tuple(asked.index(pts) for pts in taken.wanted),
+        places=tuple(asked.index(pts) for pts in wanted),
         corners=_corners(box(*upright), upright, turn, flip),
         transposed=turn.transposed,
         colours=matrix_from_601(first.colorspace),
@@ -261,10 +201,10 @@ def _settle_leading(pictures: list[_Picture], wanted: set[int]) -> tuple[list[_P
     return kept, sorted(asked)
 
 
-def _decode_first(stream: VideoStream, packet: "Packet[VideoStream]") -> VideoFrame:
+def _decode_first(stream: VideoStream, packet: Packet) -> VideoFrame:
     """The keyframe decoded: the size, turn and colours that a container only claims."""
     frames = [*packet.decode(), *stream.codec_context.decode(None)]
-    if not frames or frames[0].is_corrupt:
+    if not frames or frames[0].is_corrupt or frames[0].interlaced_frame:
         raise _UnfitError
     return frames[0]
 

@@ -14,7 +14,7 @@ import importlib.util
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +60,37 @@ def why_not() -> str | None:
     except (ImportError, OSError) as error:
         return f"DALI cannot be imported ({error})"
     return None if hasattr(fn.decoders, "video") else "this DALI is older than fn.decoders.video"
+
+
+class Choice(NamedTuple):
+    """Which decoder a run uses, and why."""
+
+    name: str
+    reason: str
+
+
+def choose_decoder(wanted: str, device: torch.device) -> Choice:
+    """What `wanted` (auto, pyav, dali or dali_cpu) comes to for a model on `device`.
+
+    Raises ValueError for DALI where it cannot work.
+    """
+    if wanted == "pyav":
+        return Choice("pyav", "it is asked for")
+    if wanted == "auto" and device.type != "cuda":
+        return Choice("pyav", "the device is a CPU, on which DALI decodes only VP8, VP9 and MJPEG")
+    missing = why_not()
+    if wanted == "auto":
+        if missing is None:
+            return Choice("dali", "the device is CUDA and DALI is installed")
+        return Choice("pyav", missing)
+    if missing is not None:
+        raise ValueError(f"data.decoder: {wanted} asked for, but {missing}; auto and pyav fit")
+    if wanted == "dali" and device.type != "cuda":
+        raise ValueError(
+            "data.decoder: dali decodes on a CUDA device, but the model is on a CPU; "
+            "auto, pyav and dali_cpu fit"
+        )
+    return Choice(wanted, "it is asked for")
 
 
 class DaliDecoder:

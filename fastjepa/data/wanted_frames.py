@@ -47,7 +47,9 @@ def read_wanted(
     None where this cannot be told from the packets or does not come out as told, and where the
     stream ends before `reach` seconds. Raises FFmpegError as decoding in order does.
     """
-    packets = _read_ahead(container, stream, times, reach)
+    if stream.codec_context.name == _HIDES:
+        return None
+    packets = read_ahead(container, stream, times, reach)
     if packets is None:
         return None
     tick, start = float(stream.time_base or 0), stream.start_time or 0
@@ -69,11 +71,14 @@ def read_wanted(
     return [pictures[pts] for pts in wanted] if len(pictures) == len(set(wanted)) else None
 
 
-def _read_ahead(
+def read_ahead(
     container: InputContainer, stream: VideoStream, times: Sequence[float], reach: float
 ) -> list[Packet] | None:
-    """Packets from a keyframe before the first time until no frame of the clip can follow."""
-    if stream.codec_context.name == _HIDES or stream.time_base is None:
+    """Packets from a keyframe before the first time until no frame of the clip can follow.
+
+    None where their timestamps do not tell, and where the stream ends before `reach` seconds.
+    """
+    if stream.time_base is None:
         return None
     tick, start = float(stream.time_base), stream.start_time or 0
     packets: list[Packet] = []
