@@ -34,7 +34,7 @@ CUT = partial(
 LEFT = {
     "av1.mp4", "av1-10bit.mp4", "mpeg4.mp4", "mpeg4.avi", "mpeg2.mpg", "mpeg2.ts", "wmv2.wmv",
     "flv1.flv", "theora.ogv", "ffv1-422-10bit.mkv", "animation.gif", "bare.h264", "bare.hevc",
-    "no-timestamps.avi", "no-timestamps-b-frames.avi", "edit-list-open-gop.mp4",
+    "no-timestamps.avi", "no-timestamps-b-frames.avi", "edit-list-open-gop.mp4", "interlaced.mp4",
 }  # fmt: skip
 
 
