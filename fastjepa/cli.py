@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from fastjepa.indexing import index
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Pretrain V-JEPA 2.1 and use its dense features.",
@@ -19,6 +21,8 @@ synth_app = typer.Typer(no_args_is_help=True, help="Write labelled synthetic vid
 app.add_typer(synth_app, name="synth")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 app.add_typer(bench_app, name="bench")
+
+app.command()(index)
 
 RecipePath = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.yaml")]
 Overrides = Annotated[

@@ -44,8 +44,11 @@ def read_list(handle: BinaryIO, named: str) -> Files:
             raise ManifestError(f"{named}: not a readable CSV file ({error})") from None
         except UnicodeDecodeError as error:
             raise ManifestError(f"{named}: not UTF-8 text ({error.reason})") from None
-    if not files and not files.bad:
-        raise ManifestError(f"{named}: the list is empty")
+    if not files:
+        none = (
+            f"{len(files.bad)} files, none of them readable" if files.bad else "the list is empty"
+        )
+        raise ManifestError(f"{named}: {none}")
     if files.weights is not None and not files.weights.any():
         raise ManifestError(f"{named}: every weight is 0, nothing could be drawn")
     return files

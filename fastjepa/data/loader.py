@@ -37,6 +37,7 @@ from fastjepa.data.decoder import ClipDecoder
 from fastjepa.data.files import Entry
 from fastjepa.data.media import decode_media
 from fastjepa.data.mixture import Mixture
+from fastjepa.data.orphans import end_with_parent
 from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
 
 _TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -269,16 +270,9 @@ def _settle_in(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # forgets one that was meant for the trainer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINER_SIGNALS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     # Last of all exit handlers: a queue that must be emptied is joined at priority -5.
     Finalize(None, _leave, exitpriority=-100)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _leave() -> None:

@@ -45,15 +45,16 @@ def read_parquet(handle: BinaryIO, named: str) -> Files:
 
 
 def _parts(batches: Any, named: str) -> Iterator[Files]:
+    from pyarrow.compute import invert
+
     first_row = 1
     for batch in batches:
         rows, first_row = first_row, first_row + len(batch)
         bad: list[BadFile] = []
         if "readable" in batch.schema.names:
-            readable = batch.column("readable")
-            unreadable = batch.filter(readable.fill_null(False).invert())
-            for row in unreadable.to_pylist():
-                bad.append((entry_of(row, named, "").path, str(row["reason"])))
+            readable = batch.column("readable").fill_null(False)
+            for row in batch.filter(invert(readable)).to_pylist():
+                bad.append((entry_of(row, named, "index").path, str(row["reason"])))
             batch = batch.filter(readable)
         files = _columns(batch, os.path.dirname(named), bad)
         if files is None:

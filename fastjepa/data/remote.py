@@ -81,6 +81,15 @@ class RemoteFile:
         files, path = filesystem(self.address)
         return int(files.size(path))
 
+    def state(self) -> tuple[int, int]:
+        """Bytes of the whole file, and when it last changed in ns; 0 where the store knows none."""
+        files, path = filesystem(self.address)
+        size = int(files.size(path))
+        try:
+            return size, int(files.modified(path).timestamp() * 1e9)
+        except NotImplementedError:
+            return size, 0
+
     def save(self, handle: BinaryIO) -> None:
         """Write all of it."""
         files, path = filesystem(self.address)

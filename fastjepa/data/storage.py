@@ -67,6 +67,27 @@ def members_of(shard: str, cache: Cache) -> Members:
     return _local_members(shard, status.st_mtime_ns, status.st_size)
 
 
+def fingerprint(address: str, cache: Cache) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change in ns (0 where a store does not say).
+
+    A member of a shard has its own size and the shard's time. None for what is not there, or cannot
+    be asked for.
+    """
+    shard, member = split_member(address)
+    try:
+        with fetching(address):
+            if not is_remote(shard):
+                status = os.stat(shard)
+                size, changed = status.st_size, status.st_mtime_ns
+            else:
+                size, changed = RemoteFile(shard).state()
+            if member is not None:
+                _, size = _span(address, shard, member, cache)
+    except DecodeError:
+        return None
+    return size, changed
+
+
 def forget(address: str, cache: Cache) -> None:
     """Drop what the cache holds of a remote file that has changed."""
     shard, _ = split_member(address)

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fastjepa.build import build
 from fastjepa.checkpoint import load_checkpoint
+from fastjepa.config.load import load_recipe
+from fastjepa.data.quarantine import TooManyBadFiles
+from fastjepa.indexing import index
+from fastjepa.observe.console import Console
 
 from .conftest import run
 
@@ -90,6 +95,23 @@ def test_an_empty_manifest_is_named(write_recipe: Write, tmp_path: Path) -> None
     code, out = run(write_recipe("run"), f"data.video={tmp_path / 'nothing'}")
     assert code == 2
     assert "nothing" in last_line(out)
+
+
+def test_files_that_an_index_found_bad_are_in_quarantine_before_the_first_step(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    folder = clips(tmp_path / "clips")
+    for name in ("empty.mp4", "void.mp4"):
+        (folder / name).touch()
+    index(str(folder), workers=1)
+    video = f"data.video={tmp_path / 'clips.index.parquet'}"
+    trainer = build(load_recipe(write_recipe("run"), [video]), console := Console())
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert [Path(json.loads(line)["path"]).name for line in lines] == ["empty.mp4", "void.mp4"]
+    assert len(trainer.quarantine) == 2
+    with pytest.raises(TooManyBadFiles, match="2 of 8 files cannot be read, above max_bad_share"):
+        build(load_recipe(write_recipe("strict"), [video, "data.max_bad_share=0.2"]), console)
+    assert (tmp_path / "strict" / "quarantine.jsonl").read_text().count("\n") == 2
 
 
 def test_a_folder_of_another_recipe_is_refused(write_recipe: Write) -> None:
