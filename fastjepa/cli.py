@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fastjepa.cli_weights import export, features, models
 from fastjepa.indexing import index
 
 app = typer.Typer(
@@ -21,8 +22,8 @@ synth_app = typer.Typer(no_args_is_help=True, help="Write labelled synthetic vid
 app.add_typer(synth_app, name="synth")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 app.add_typer(bench_app, name="bench")
-
-app.command()(index)
+for command in (features, models, export, index):
+    app.command()(command)
 
 RecipePath = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.yaml")]
 Overrides = Annotated[
@@ -64,70 +65,6 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     console.say(f"next: {_program()} features {folder} YOUR_VIDEOS --out features")
     console.say(
         f"      {_program()} train {recipe} run.folder=runs/mine data.video=FOLDER_OF_VIDEOS"
-    )
-
-
-@app.command()
-def features(
-    model: Annotated[
-        Path, typer.Argument(help="run folder, checkpoint, .safetensors, official .pt, VJEPA2Model")
-    ],
-    sources: Annotated[list[str], typer.Argument(help="files, folders, globs or manifests")],
-    out: Annotated[Path, typer.Option(help="folder to write to")] = Path("features"),
-    levels: Annotated[
-        str | None, typer.Option(help="block indices such as 5,11; last if left out")
-    ] = None,
-    size: Annotated[int, typer.Option(help="short side in pixels")] = 256,
-    frames: Annotated[int, typer.Option(help="frames of a video's clip")] = 16,
-    fps: Annotated[float, typer.Option(help="frames a second")] = 4.0,
-    batch: Annotated[int, typer.Option(help="files at once")] = 4,
-    format: Annotated[str, typer.Option(help="safetensors or npy")] = "safetensors",
-    overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-) -> None:
-    """Write dense features [T', H', W', D] of videos and images."""
-    from fastjepa.build import device_of
-    from fastjepa.features.run import extract_files
-    from fastjepa.pretrained import load
-
-    encoder = load(model)
-    bad = 0
-    for found in extract_files(
-        encoder, sources, out,
-        levels=None if levels is None else _numbers("--levels", levels),
-        size=size, frames=frames, fps=fps, batch=batch, form=format,  # type: ignore[arg-type]
-        overwrite=overwrite, device=device_of(device),
-    ):  # fmt: skip
-        if found.paths:
-            written = ", ".join(map(str, found.paths))
-            typer.echo(f"{found.source} -> {written} {list(found.shape)}")
-        else:
-            bad += 1
-            typer.echo(f"warning: skipped {found.reason}", err=True)
-    if bad:
-        raise typer.Exit(1)
-
-
-@app.command()
-def models(
-    path: Annotated[
-        str | None, typer.Argument(help="weights to identify; the released ones if left out")
-    ] = None,
-) -> None:
-    """The released weights by name, or what the weights in a file or folder are."""
-    from fastjepa.checkpoint.catalogue import as_text
-    from fastjepa.pretrained import load
-
-    if path is None:
-        typer.echo(as_text())
-        return
-    encoder = load(path)
-    count = sum(p.numel() for p in encoder.parameters())
-    typer.echo(
-        f"{path}: {encoder.origin}\n{count:,} parameters, width {encoder.width}, "
-        f"{len(encoder.blocks)} blocks, levels {', '.join(map(str, encoder.levels))}, "
-        f"patch {encoder.patch}, tubelet {encoder.tubelet}, {encoder.rope} RoPE"
-        + (", interpolated to 256 px" if encoder.interpolate_rope else "")
     )
 
 
@@ -387,13 +324,6 @@ def _program() -> str:
         return "fastjepa"
     called = Path(sys.argv[0])
     return "python -m fastjepa.cli" if called.suffix == ".py" else os.path.relpath(called)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option}: expected numbers such as 5,11, got {text!r}") from None
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ Reading order: `layout.py` (a checkpoint's folder), `strict.py` (tensors into a 
 
 from fastjepa.checkpoint.encoder_sizes import EncoderSizes
 from fastjepa.checkpoint.export import write_encoder, write_official
-from fastjepa.checkpoint.found import FoundEncoder, read_encoder
+from fastjepa.checkpoint.found import FoundEncoder, read_encoder, read_networks
 from fastjepa.checkpoint.huggingface import read_huggingface, write_huggingface
 from fastjepa.checkpoint.layout import (
     Checkpoint,
@@ -36,6 +36,7 @@ __all__ = [
     "pack_rng",
     "read_encoder",
     "read_huggingface",
+    "read_networks",
     "read_official",
     "save_checkpoint",
     "unpack_optimizer",

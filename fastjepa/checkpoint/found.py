@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -32,12 +33,15 @@ class FoundEncoder:
     an official file`.
 
     `tensors` are mapped from the disk where the format allows it: files must not be changed in
-    place while they are in use.
+    place while they are in use. `path` is the file or folder that was read: of a run, its
+    checkpoint.
     """
 
     tensors: dict[str, Tensor]
     sizes: EncoderSizes
     about: str
+    path: Path
+    kind: Literal["checkpoint", "exported", "official", "huggingface"]
 
 
 def read_encoder(path: Path) -> FoundEncoder:
@@ -51,7 +55,8 @@ def read_encoder(path: Path) -> FoundEncoder:
         return _read_file(path)
     if is_huggingface(path):
         tensors, sizes, _ = read_huggingface(path)
-        return _found(tensors, sizes, "a Hugging Face VJEPA2Model")
+        about = _about(tensors, sizes, "a Hugging Face VJEPA2Model")
+        return FoundEncoder(tensors, sizes, about, path, "huggingface")
     if is_complete(path) or not (path / CHECKPOINTS).is_dir():
         return _read_checkpoint(path)
     latest = latest_checkpoint(path)
@@ -60,9 +65,24 @@ def read_encoder(path: Path) -> FoundEncoder:
     return _read_checkpoint(latest)
 
 
-def _found(tensors: dict[str, Tensor], sizes: EncoderSizes, origin: str) -> FoundEncoder:
-    name = preset_of(shapes_say(tensors, origin)) or f"{sizes['depth']} blocks of {sizes['width']}"
-    return FoundEncoder(tensors, sizes, f"V-JEPA {sizes['generation']}, {name}, {origin}")
+def read_networks(path: Path) -> tuple[dict[str, dict[str, Tensor]], FoundEncoder]:
+    """Every network in `path` under the released names of the parts, and the encoder to use.
+
+    `target_encoder` (or `ema_encoder`), `encoder` and `predictor`, as far as they are there. Takes
+    the same places as `read_encoder`, and raises CheckpointError as it does.
+    """
+    found = read_encoder(path)
+    networks = {_PART: found.tensors}
+    if found.kind == "checkpoint":
+        networks |= load_checkpoint(found.path, parts=("encoder", "predictor")).tensors
+    if found.kind == "huggingface":
+        networks["predictor"] = read_huggingface(found.path)[2]
+    if found.kind == "official":
+        _, predictor, info = read_official(found.path)
+        encoders = [part for part in info.parts if part.endswith("encoder")]
+        networks = {part: read_official(found.path, part)[0] for part in encoders}
+        networks["predictor"] = predictor or {}
+    return {part: tensors for part, tensors in networks.items() if tensors}, found
 
 
 def _read_checkpoint(path: Path) -> FoundEncoder:
@@ -70,7 +90,8 @@ def _read_checkpoint(path: Path) -> FoundEncoder:
     tensors = checkpoint.tensors[_PART]
     sizes = parse_sizes(checkpoint.state.get("model"), f"{path}: model in state.json")
     check_sizes(sizes, tensors, str(path))
-    return _found(tensors, sizes, f"{_PART} of a run after {checkpoint.step} steps")
+    about = _about(tensors, sizes, f"{_PART} of a run after {checkpoint.step} steps")
+    return FoundEncoder(tensors, sizes, about, checkpoint.path, "checkpoint")
 
 
 def _read_file(path: Path) -> FoundEncoder:
@@ -79,14 +100,21 @@ def _read_file(path: Path) -> FoundEncoder:
         if "fastjepa" in metadata:
             sizes = parse_sizes(_decoded(metadata), str(path))
             check_sizes(sizes, tensors, str(path))
-            return _found(tensors, sizes, "an exported file")
+            about = _about(tensors, sizes, "an exported file")
+            return FoundEncoder(tensors, sizes, about, path, "exported")
     tensors, _, info = read_official(path)
     if info.sizes is None:
         raise CheckpointError(
             f"{path}: an encoder of no released size, and nothing says its number of heads; "
             "give a run's folder or a file exported from it"
         )
-    return _found(tensors, info.sizes, f"{info.part} of an official file")
+    about = _about(tensors, info.sizes, f"{info.part} of an official file")
+    return FoundEncoder(tensors, info.sizes, about, path, "official")
+
+
+def _about(tensors: Mapping[str, Tensor], sizes: EncoderSizes, origin: str) -> str:
+    name = preset_of(shapes_say(tensors, origin)) or f"{sizes['depth']} blocks of {sizes['width']}"
+    return f"V-JEPA {sizes['generation']}, {name}, {origin}"
 
 
 def _decoded(metadata: Mapping[str, str]) -> dict[str, object]:

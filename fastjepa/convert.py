@@ -1,0 +1,99 @@
+"""Weights out: any weights that can be loaded to another format. `fastjepa export`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from fastjepa.checkpoint import (
+    FoundEncoder,
+    read_networks,
+    write_encoder,
+    write_huggingface,
+    write_official,
+)
+from fastjepa.checkpoint.durable import write_text, write_whole
+from fastjepa.checkpoint.model_card import model_card
+from fastjepa.model.traced import TracedEncoder
+from fastjepa.pretrained import build
+
+Format = Literal["official", "hf", "safetensors", "onnx", "torch-export"]
+OPSET = 18
+
+
+def convert(
+    source: Path,
+    to: Format,
+    out: Path,
+    *,
+    licence: str = "unknown",
+    image: bool = False,
+    levels: Sequence[int] | None = None,
+) -> list[Path]:
+    """Write the weights in `source` as `out`; returns the files that were written.
+
+    `official`: every network that is there, as a `.pt`; `hf`: a folder of `VJEPA2Model`;
+    `safetensors`: the encoder and its card; `onnx` and `torch-export`: the encoder's graph for
+    videos, or for images (`image`), with the features of `levels`, the last one if None, at any
+    batch, number of frames and resolution that divides. Raises ValueError: a format that there is
+    not, an `out` that exists, weights that the format cannot express.
+    """
+    if to not in get_args(Format):
+        raise ValueError(f"--to: expected one of {', '.join(get_args(Format))}, got {to!r}")
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; choose another name")
+    networks, found = read_networks(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "official":
+        write_official(out, networks, found.sizes)
+        return [out]
+    if to == "hf":
+        # A 2.1 predictor has no place there.
+        predictor = networks.get("predictor") if found.sizes["generation"] == "2" else None
+        write_huggingface(out, found.tensors, found.sizes, predictor)
+        write_text(out / "README.md", model_card(found, str(out.name), licence))
+        return sorted(out.iterdir())
+    if to == "safetensors":
+        card, text = out.with_suffix(".md"), model_card(found, out.name, licence)
+        write_encoder(out, found.tensors, found.sizes, {"license": licence, "about": found.about})
+        write_text(card, text)
+        return [out, card]
+    return _write_graph(found, to, out, image=image, levels=levels)
+
+
+def _write_graph(
+    found: FoundEncoder, to: Format, out: Path, *, image: bool, levels: Sequence[int] | None
+) -> list[Path]:
+    encoder = build(found, str(found.path))
+    graph = TracedEncoder(encoder, encoder.levels[-1:] if levels is None else levels, image=image)
+    program = trace(graph)
+    if to == "torch-export":
+        write_whole(out, lambda file: torch.export.save(program, file))
+        return [out]
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("--to onnx: needs onnxscript: pip install 'fastjepa[onnx]'") from error
+    names = [f"level{level}" for level in graph.levels]
+    exported = torch.onnx.export(
+        program, dynamo=True, input_names=["clip"], output_names=names, opset_version=OPSET,
+        verbose=False,
+    )  # fmt: skip
+    assert exported is not None
+    exported.save(out)
+    return [out, *(side for side in [Path(f"{out}.data")] if side.exists())]
+
+
+@torch.no_grad()
+def trace(graph: TracedEncoder) -> torch.export.ExportedProgram:
+    """The graph with batch, frames, height and width as symbols."""
+    encoder = graph.encoder
+    patch, tubelet = encoder.patch, 1 if graph.image else encoder.tubelet
+    # Sides of an example must differ from 0 and 1 in tokens, or they would be constants.
+    clip = torch.zeros(2, 3, 1 if graph.image else 2 * tubelet, 3 * patch, 4 * patch)
+    dimension = torch.export.Dim
+    symbols = {0: dimension("batch"), 3: patch * dimension("rows"), 4: patch * dimension("columns")}
+    if not graph.image:
+        symbols[2] = tubelet * dimension("steps")
+    return torch.export.export(graph, (clip,), dynamic_shapes={"clip": symbols})

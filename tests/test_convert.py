@@ -1,0 +1,189 @@
+"""Weights out: official files bit for bit, model cards, graphs with the same features."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+import fastjepa
+from fastjepa.checkpoint import CheckpointError, save_checkpoint
+from fastjepa.cli import main
+from fastjepa.convert import convert
+from fastjepa.model import Encoder, Predictor, build_encoder
+
+SIZES: dict[str, Any] = {
+    "width": 48, "depth": 4, "heads": 2, "mlp_width": 96, "levels": [1, 3], "patch": 16,
+    "tubelet": 2, "interpolate_rope": True, "rope": "interleaved", "generation": "2.1",
+}  # fmt: skip
+SECOND = {"generation": "2", "rope": "tiled", "interpolate_rope": False}
+
+
+def stirred(module: Any, seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    return module.eval().requires_grad_(False)
+
+
+def clip(*shape: int) -> Tensor:
+    return torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(2))
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in expected.items()
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with one checkpoint of all three networks."""
+    folder = tmp_path / "run"
+    tensors = {
+        "encoder": stirred(Encoder(**SIZES), 1).state_dict(),
+        "target_encoder": stirred(Encoder(**SIZES), 2).state_dict(),
+        "predictor": stirred(
+            Predictor(encoder_width=48, num_levels=2, width=24, depth=2, heads=2), 3
+        ).state_dict(),
+    }
+    save_checkpoint(folder, 9, tensors, {"model": SIZES}, keep=1)
+    (folder / "recipe.yaml").write_text(
+        "run: {seed: 4}\ndata:\n  video: [{path: clips, weight: 0.7}]\n  image: []\n"
+    )
+    (folder / "metrics.jsonl").write_text('{"step": 8, "loss": 0.5}\n{"step": 9, "loss": 0.25}\n')
+    return folder
+
+
+@pytest.mark.parametrize("generation", ["2.1", "2"])
+def test_official_to_ours_to_official_changes_no_bit(tmp_path: Path, generation: str) -> None:
+    encoder = build_encoder("vit_tiny", **(SECOND if generation == "2" else {}))
+    state = stirred(encoder).state_dict()
+    heads = stirred(Predictor(encoder_width=192, num_levels=4, width=24, depth=2, heads=2))
+    part = "target_encoder" if generation == "2" else "ema_encoder"
+    original = {
+        name: {f"module.backbone.{key}": t + shift for key, t in tensors.items()}
+        for name, tensors, shift in (
+            (part, state, 0.0),
+            ("encoder", state, 1.0),
+            ("predictor", heads.state_dict(), 0.0),
+        )
+    }
+    torch.save({**original, "epoch": 4}, tmp_path / "theirs.pt")
+    convert(tmp_path / "theirs.pt", "official", tmp_path / "again.pt")
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert again.keys() - {"fastjepa"} == original.keys()
+    assert all(same(again[name], original[name]) for name in original)
+    convert(tmp_path / "theirs.pt", "safetensors", tmp_path / "ours.safetensors")
+    convert(tmp_path / "ours.safetensors", "official", tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert same(back["target_encoder"], original[part])
+
+
+def test_a_run_to_official_and_back(tmp_path: Path, run: Path) -> None:
+    """The number of heads, which no tensor shows, comes along."""
+    convert(run, "official", tmp_path / "a.pt")
+    found, expected = fastjepa.load(tmp_path / "a.pt"), fastjepa.load(run)
+    assert found.origin.endswith("target_encoder of an official file")
+    assert same(found.state_dict(), expected.state_dict())
+    x = clip(1, 4, 64, 64)
+    assert torch.equal(found.features(x), expected.features(x))
+    parts = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert {"encoder", "predictor", "target_encoder"} < parts.keys()
+
+
+def test_safetensors_come_with_a_card(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "encoder.safetensors"
+    main_exits_well(
+        ["export", str(run), "--to", "safetensors", "--out", str(out), "--licence", "mit"]
+    )
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [
+        str(out), str(out.with_suffix(".md")),
+    ]  # fmt: skip
+    card = out.with_suffix(".md").read_text()
+    for words in (
+        "license: mit", "target_encoder of a run after 9 steps", "clips (weight 0.7)",
+        "| loss | 0.25 |", "run: {seed: 4}", "| heads | 2 |",
+    ):  # fmt: skip
+        assert words in card
+    with safe_open(out, "pt") as file:
+        assert file.metadata()["license"] == "mit"
+    assert same(fastjepa.load(out).state_dict(), fastjepa.load(run).state_dict())
+    again = tmp_path / "again.safetensors"
+    convert(out, "safetensors", again)
+    assert "Not known: not exported from a run." in again.with_suffix(".md").read_text()
+
+
+def main_exits_well(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+
+
+def test_hugging_face_folders_come_with_a_card(tmp_path: Path, run: Path) -> None:
+    encoder = stirred(Encoder(**{**SIZES, **SECOND}))
+    sizes = {**SIZES, **SECOND}
+    save_checkpoint(tmp_path / "2", 1, {"target_encoder": encoder.state_dict(), "encoder": {},
+                    "predictor": {}}, {"model": sizes}, keep=1)  # fmt: skip
+    written = convert(tmp_path / "2", "hf", tmp_path / "hf", licence="mit")
+    assert [path.name for path in written] == ["README.md", "config.json", "model.safetensors"]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "vjepa2"
+    x = clip(1, 4, 256, 256)
+    assert torch.equal(fastjepa.load(tmp_path / "hf").features(x), encoder.features(x))
+    with pytest.raises(CheckpointError, match=r"its RoPE is V-JEPA 2\.1's"):
+        convert(run, "hf", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+SHAPES = {False: [(1, 4, 64, 96), (3, 6, 32, 80)], True: [(1, 1, 64, 96), (3, 1, 32, 80)]}
+
+
+@pytest.mark.parametrize(
+    ("image", "layout"), [(False, {}), (True, SECOND)], ids=["2.1 video", "2 image"]
+)
+def test_torch_export_has_the_same_features_at_other_sizes(
+    tmp_path: Path, image: bool, layout: dict[str, Any]
+) -> None:
+    sizes = {**SIZES, **layout}
+    encoder = stirred(Encoder(**sizes))
+    save_checkpoint(tmp_path, 1, {"target_encoder": encoder.state_dict(), "encoder": {},
+                    "predictor": {}}, {"model": sizes}, keep=1)  # fmt: skip
+    convert(tmp_path, "torch-export", tmp_path / "a.pt2", image=image, levels=[1, 3])
+    graph = torch.export.load(tmp_path / "a.pt2").module()
+    for shape in SHAPES[image]:
+        x = clip(*shape)
+        for found, expected in zip(graph(x), encoder.features(x, [1, 3]), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["video", "image"])
+def test_onnx_runtime_has_the_same_features_at_other_sizes(
+    tmp_path: Path, run: Path, image: bool
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    written = convert(run, "onnx", tmp_path / "a.onnx", image=image, levels=[1, 3])
+    assert written[0].name == "a.onnx"
+    session = onnxruntime.InferenceSession(written[0], providers=["CPUExecutionProvider"])
+    assert [one.name for one in session.get_outputs()] == ["level1", "level3"]
+    encoder = fastjepa.load(run)
+    for shape in [*SHAPES[image], (1, 1 if image else 2, 16, 16)]:
+        x = clip(*shape)
+        outputs = session.run(None, {"clip": x.numpy()})
+        for found, expected in zip(outputs, encoder.features(x, [1, 3]), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_wishes_are_named(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(ValueError, match=r"--to: expected one of official, hf, .* got 'gguf'"):
+        convert(run, "gguf", tmp_path / "a")  # type: ignore[arg-type]
+    (tmp_path / "there").touch()
+    with pytest.raises(ValueError, match="there: exists already"):
+        convert(run, "official", tmp_path / "there")
+    with pytest.raises(ValueError, match=r"levels: expected some of \[1, 3\], got \[2\]"):
+        convert(run, "torch-export", tmp_path / "a.pt2", levels=[2])
