@@ -7,13 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastjepa.data.cache import Cache
 from fastjepa.data.decode_pyav import decode_clip
 from fastjepa.data.decoder import DecodeError
 from fastjepa.data.loader import Loader
 from fastjepa.data.manifest import read_manifest
+from fastjepa.data.probe import probe
 from fastjepa.data.quarantine import Quarantine
 
 from .breakage import DAMAGED, FLIPPED, HOPELESS
+from .recipes import GOOD
 
 FRACTIONS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.999)
 
@@ -112,3 +115,17 @@ def test_a_run_over_good_and_broken_files_goes_on(
     assert {Path(row["path"]).name for row in rows} == set(HOPELESS)
     assert len(rows) == len(HOPELESS)
     assert all(row["reason"] for row in rows)
+
+
+@pytest.mark.parametrize("name", HOPELESS)
+def test_an_index_knows_a_hopeless_file(broken: Callable, tmp_path: Path, name: str) -> None:
+    facts = probe(str(broken(name)), "video", Cache(tmp_path / "cache", 0))
+    assert not facts.readable
+    assert facts.reason
+
+
+@pytest.mark.parametrize("name", sorted(GOOD))
+def test_an_index_finds_a_good_file_readable(zoo: Callable, tmp_path: Path, name: str) -> None:
+    facts = probe(str(zoo(name)), "video", Cache(tmp_path / "cache", 0))
+    assert facts.readable, facts.reason
+    assert facts.frames
