@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fastjepa.cli_bench import bench_app
 from fastjepa.cli_weights import export, features, models
 from fastjepa.indexing import index
 
@@ -20,7 +21,6 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at recipes, and import
 app.add_typer(config_app, name="config")
 synth_app = typer.Typer(no_args_is_help=True, help="Write labelled synthetic videos.")
 app.add_typer(synth_app, name="synth")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 app.add_typer(bench_app, name="bench")
 for command in (features, models, export, index):
     app.command()(command)
@@ -245,77 +245,6 @@ def synth_moving_digits(
     for _ in track(written, "writing", total=count):
         pass
     typer.echo(f"{out}: {count} videos, labels in .npz files, manifest.csv")
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    op: Annotated[
-        list[str] | None, typer.Option(help="an op; may be repeated; all if none")
-    ] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(help="a shape, gpu or cpu; may be repeated; what fits the device if none"),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="rounds in which each way is timed")] = 7,
-    compiled: Annotated[
-        bool | None, typer.Option(help="time torch.compile of the formula too; on a GPU, yes")
-    ] = None,
-    reference: Annotated[
-        Path | None,
-        typer.Option(help="an official V-JEPA 2 checkout; its steps restated if left out"),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="where to write the figures")] = None,
-    chart: Annotated[Path | None, typer.Option(help="where to draw them, a .png")] = None,
-    compare: Annotated[Path | None, typer.Option(help="figures of an older run")] = None,
-) -> None:
-    """Time and peak memory of each op beside the plain formula and the official way, and the
-    bytes it has to move."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its profiler says when it starts
-    import torch
-
-    from fastjepa.bench.chart import draw
-    from fastjepa.bench.kernels import measure
-    from fastjepa.bench.official import RESTATED, from_checkout
-    from fastjepa.bench.report import as_text, comparison
-    from fastjepa.bench.results import load_results
-    from fastjepa.bench.shapes import named
-    from fastjepa.bench.ways import cases_named
-    from fastjepa.build import device_of
-
-    for option, path in (("--json", json), ("--chart", chart)):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{option} {path}: the folder {path.parent} does not exist")
-    older = None if compare is None else load_results(compare)
-    place = device_of(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    # How to do it again; paths are of this machine alone.
-    settings = [
-        *(f"--op {name}" for name in op or []),
-        *(f"--shape {name}" for name in shape or []),
-        f"--device {place.type} --threads {torch.get_num_threads()} --repeats {repeats}",
-        *(["--reference PATH"] if reference else []),
-        *(["--compiled"] if compiled else []),
-    ]
-    results = measure(
-        cases_named(op or []),
-        named(shape or ["gpu" if place.type == "cuda" else "cpu"]),
-        device=place,
-        official=RESTATED if reference is None else from_checkout(reference),
-        compiled=place.type == "cuda" if compiled is None else compiled,
-        repeats=repeats,
-        command=" ".join(["fastjepa bench kernels", *settings]),
-        say=lambda line: typer.echo(line, err=True),
-    )
-    if json is not None:
-        results.save(json)
-    typer.echo(as_text(results))
-    if older is not None:
-        typer.echo(f"\n{comparison(older, results)}")
-    if chart is not None:
-        draw(results, chart)
 
 
 def _program() -> str:

@@ -2,18 +2,19 @@
 never needs."""
 
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 # timm's drop path runs at rate 0; nothing of the others is called.
 NEEDLESS = ("timm.models.layers", "einops", "torchvision")
+# Of the data set, with lists in NumPy files and the augmentation of the released recipes.
+NEEDLESS_FOR_DATA = ("torchvision.io", "torchvision.transforms.functional", "pandas", "cv2")
 
 
 def make_importable(path: Path) -> None:
-    """Let `app.vjepa_2_1` and `src` be imported from a checkout; packages of `NEEDLESS` that are
-    not installed are stood in for.
+    """Let `app.vjepa_2_1` and `src` be imported from a checkout; packages of `NEEDLESS` and
+    `NEEDLESS_FOR_DATA` that cannot be imported are stood in for.
 
     Raises ValueError if `path` is no official checkout with V-JEPA 2.1.
     """
@@ -21,23 +22,21 @@ def make_importable(path: Path) -> None:
         raise ValueError(
             f"--reference {path}: expected an official V-JEPA 2 checkout with app/vjepa_2_1"
         )
-    for name in NEEDLESS:
+    for name in (*NEEDLESS, *NEEDLESS_FOR_DATA):
         _stand_in(name)
     sys.path.insert(0, str(path))
 
 
 def _stand_in(name: str) -> None:
-    if name in sys.modules:
+    try:
+        importlib.import_module(name)
         return
-    if importlib.util.find_spec(name.partition(".")[0]) is not None:
-        try:
-            importlib.import_module(name)
-            return
-        except (ImportError, RuntimeError):
-            pass
+    except (ImportError, RuntimeError):
+        pass
     parts = name.split(".")
     for depth in range(1, len(parts) + 1):
-        sys.modules[".".join(parts[:depth])] = ModuleType(parts[depth - 1])
+        dotted = ".".join(parts[:depth])
+        sys.modules.setdefault(dotted, ModuleType(dotted))
     module = sys.modules[name]
     module.drop_path = lambda x, *_: x  # type: ignore[attr-defined]
     module.rearrange = None  # type: ignore[attr-defined]

@@ -4,21 +4,17 @@ results = measure(cases, shapes, device=torch.device("cpu"), official=RESTATED, 
 """
 
 import gc
-import platform
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastjepa.bench.case import Case
 from fastjepa.bench.launches import count_interpreted, count_on_device
+from fastjepa.bench.machine import commit, device_facts, versions
 from fastjepa.bench.memory import peak_extra
 from fastjepa.bench.official import Official
 from fastjepa.bench.results import Figure, Results, Row
@@ -60,9 +56,9 @@ def measure(
         rows += [_row(case, shape) for shape in unmeasured for case in cases]
     return Results(
         command=command,
-        commit=_commit(),
-        device=_device(device),
-        versions=_versions(),
+        commit=commit(),
+        device=device_facts(device),
+        versions=versions("torch", "triton", "fastjepa"),
         official=official.source,
         copy_bytes_per_second=copy_bandwidth(device),
         rows=rows,
@@ -105,52 +101,3 @@ def _measured(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return _row(case, shape, figures)
-
-
-def _device(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"type": device.type, "name": _processor(), "threads": torch.get_num_threads()}
-    facts = torch.cuda.get_device_properties(device)
-    return {
-        "type": "cuda",
-        "name": facts.name,
-        "memory_bytes": facts.total_memory,
-        "l2_bytes": facts.L2_cache_size,
-        "capability": f"{facts.major}.{facts.minor}",
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "fastjepa"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _commit() -> str:
-    """Of the checkout this file belongs to, with a + if files differ from it; empty without one."""
-    file = Path(__file__)
-    if shutil.which("git") is None:
-        return ""
-    for words in (
-        ["ls-files", "--error-unmatch", file.name],
-        ["describe", "--always", "--dirty=+"],
-    ):
-        done = subprocess.run(
-            ["git", "-C", str(file.parent), *words], capture_output=True, text=True
-        )
-        if done.returncode:
-            return ""
-    return done.stdout.strip()

@@ -58,7 +58,7 @@ def from_checkout(path: Path) -> Official:
         turned: Tensor = turn(x, pos=place, n_registers=0, has_cls_first=False)
         return turned
 
-    return Official(f"checkout {_commit(path)}", gather, mask_distance, rotate)
+    return Official(f"checkout {commit_of(path)}", gather, mask_distance, rotate)
 
 
 def _gather(x_BND: Tensor, groups_BK: Sequence[Tensor]) -> list[Tensor]:
@@ -102,7 +102,8 @@ def places(index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tens
     return frame, row, column
 
 
-def _commit(path: Path) -> str:
+def commit_of(path: Path) -> str:
+    """Of a checkout, in words where it is not known."""
     if shutil.which("git") is None:
         return "of unknown commit"
     done = subprocess.run(

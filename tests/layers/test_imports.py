@@ -24,8 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastjepa.objective": {"fastjepa_kernels"},
     "fastjepa.optim": {"fastjepa_kernels"},
     "fastjepa.bench": {
-        "fastjepa_kernels", "fastjepa.masking", "fastjepa.model", "fastjepa.observe",
-        "fastjepa.presets",
+        "fastjepa_kernels", "fastjepa.data", "fastjepa.masking", "fastjepa.model",
+        "fastjepa.observe", "fastjepa.presets",
     },
     "fastjepa.features": {
         "fastjepa.checkpoint", "fastjepa.data", "fastjepa.model", "fastjepa.observe",
