@@ -4,7 +4,7 @@ results = measure(read_manifest("clips/"), setting, rounds=5, ...)
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastjepa.bench.data_stages import stages
 from fastjepa.bench.machine import commit, device_facts, versions
 from fastjepa.bench.official import commit_of
 from fastjepa.data.augment import normalise
+from fastjepa.data.decode_dali import DaliDecoder, why_not
 from fastjepa.data.encode import encodable
 from fastjepa.data.files import Entry
 from fastjepa.data.frame_identity import FrameCount, count_wrong_frames
@@ -55,14 +56,16 @@ def measure(
         "flip": 0.5,
         "seed": 0,
     }
+    decoders = _decoders(setting.workers)
     loaders: dict[str, Callable[[], Iterator[Tensor]]] = {
-        "pyav": partial(_ours, files, settings, setting.workers)
+        name: partial(_ours, files, settings, setting.workers, decoder)
+        for name, decoder in decoders.items()
     }
     if reference is not None:
         paths = [entry.path for entry in files]
         loaders["official"] = partial(official_clips, reference, paths, setting)
     say("counting wrong frames of numbered videos")
-    counts = _wrong_frames(reference)
+    counts = _wrong_frames(decoders, reference)
     say("taking the CPU time of a clip apart")
     found = stages(files, max(1, _STAGE_CLIPS // setting.batch), settings)
     say(f"timing {', '.join(loaders)} in {rounds} turns of {setting.seconds:g} s each")
@@ -78,7 +81,7 @@ def measure(
         command=command,
         commit=commit(),
         device=device_facts(torch.device("cpu")),
-        versions=versions("torch", "av", "eva-decord", "fastjepa"),
+        versions=versions("torch", "av", "nvidia-dali-cuda130", "eva-decord", "fastjepa"),
         reference="" if reference is None else f"checkout {commit_of(reference)}",
         setting=setting,
         ways={
@@ -90,19 +93,42 @@ def measure(
     )
 
 
-def _ours(files: Sequence[Entry], settings: dict[str, Any], workers: int) -> Iterator[Tensor]:
-    loader = Loader(**settings, datasets=[(files, 1.0)], workers=workers, prefetch=_PREFETCH)
+def _decoders(threads: int) -> dict[str, DaliDecoder | None]:
+    """By name; None is the loader's own, by PyAV."""
+    found: dict[str, DaliDecoder | None] = {"pyav": None}
+    if why_not() is None:
+        found["dali-cpu"] = DaliDecoder(torch.device("cpu"), threads=threads, normalised=True)
+        if torch.cuda.is_available():
+            found["dali"] = DaliDecoder(torch.device("cuda"), threads=threads, normalised=True)
+    return found
+
+
+def _ours(
+    files: Sequence[Entry], settings: dict[str, Any], workers: int, decoder: DaliDecoder | None
+) -> Iterator[Tensor]:
+    loader = Loader(
+        **settings,
+        datasets=[(files, 1.0)],
+        workers=workers,
+        prefetch=_PREFETCH,
+        device_decoder=decoder,
+    )
     for batch in loader.batches(0, 2**30):
-        yield normalise(batch.clip)
+        yield batch.clip if batch.clip.is_floating_point() else normalise(batch.clip)
 
 
-def _wrong_frames(reference: Path | None) -> dict[str, FrameCount]:
+def _wrong_frames(
+    decoders: Mapping[str, DaliDecoder | None], reference: Path | None
+) -> dict[str, FrameCount]:
     with tempfile.TemporaryDirectory() as folder:
         videos = [
             write_numbered(Path(folder), number, codec=codec)
             for number, codec in enumerate(encodable())
         ]
-        counts = {"pyav": count_wrong_frames(videos)}
+        counts = {
+            name: count_wrong_frames(videos, partial(Loader, device_decoder=decoder))
+            for name, decoder in decoders.items()
+        }
         if reference is not None:
             counts["official"] = count_wrong(reference, videos, 8)
     return counts

@@ -91,7 +91,7 @@ class Results:
     def devices_needed(self, name: str) -> float | None:
         """GPUs whose decoders give `target` clips a second, for a way that decodes there."""
         speed = self.ways[name].clips_per_second
-        if self.target is None or speed is None or name != "dali-gpu":
+        if self.target is None or speed is None or name != "dali":
             return None
         return self.target / speed
 

@@ -4,6 +4,7 @@ A frame is picked for being on screen at a time (frame_times.py), so variable fr
 special care.
 """
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.decoder import MAX_PIXELS, DecodeError, FrameTransform, check_size
 from fastjepa.data.frame_times import clip_times, seconds_of
 from fastjepa.data.storage import open_media
-from fastjepa.data.turn import turn_of, upright
+from fastjepa.data.turn import Turn, turn_of, upright
 from fastjepa.data.wanted_frames import SEEK_MARGINS, read_wanted
 
 # Files may be named by strangers: nothing but local files is opened, whatever a playlist inside one
@@ -82,6 +83,9 @@ def decode_clip(
                 clip = read(container, length=length)
     except av.FFmpegError as error:
         raise DecodeError(path, f"cannot be decoded ({error.strerror})") from None
+    # PyAV makes a ring of a frame and its side data (turn_of), which would keep the decoder's
+    # buffers until Python looks for rings by itself: megabytes a clip.
+    gc.collect(1)
     if clip is None:
         raise DecodeError(path, f"frames are missing within its {length:.2f} s")
     return clip
@@ -275,13 +279,14 @@ def _tick(stream: VideoStream) -> float:
 
 
 class _Picture:
-    """Frames to arrays, all of the first one's size; a frame picked again is converted once."""
+    """Frames to arrays of the first one's size and turn; one picked again is converted once."""
 
     def __init__(self, path: str, transform: FrameTransform | None) -> None:
         self._path = path
         self._transform = transform
         self._reformatter = VideoReformatter()
         self._size: tuple[int, int] | None = None
+        self._turn = Turn()
         self._latest: tuple[VideoFrame, NDArray[Any]] | None = None
 
     def of(self, frame: VideoFrame) -> NDArray[Any]:
@@ -289,11 +294,12 @@ class _Picture:
             if self._size is None:
                 check_size(self._path, frame.height, frame.width)
                 self._size = (frame.height, frame.width)
+                self._turn = turn_of(frame)
             height, width = self._size
             rgb = self._reformatter.reformat(
                 frame, width=width, height=height, format="rgb24", threads=1
             )
-            picture = upright(np.asarray(rgb.to_ndarray()), turn_of(frame))
+            picture = upright(np.asarray(rgb.to_ndarray()), self._turn)
             array = picture if self._transform is None else self._transform(picture)
             self._latest = (frame, array)
         return self._latest[1]

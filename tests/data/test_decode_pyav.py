@@ -1,5 +1,6 @@
 """Frames are picked by timestamp: each frame shows its number, so a clip says which it holds."""
 
+import gc
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -211,6 +212,14 @@ def test_a_colon_in_a_name_is_no_protocol(
 ) -> None:
     path = write_video(tmp_path / "plain.mp4").rename(tmp_path / "concat:a 100%.mp4")
     assert read_numbers(decode_clip(str(path), 0.0, 2, 12.0)) == [0, 2]
+
+
+def test_a_clip_leaves_no_decoded_frame_behind(tmp_path: Path, write_video: Callable) -> None:
+    path = write_video(tmp_path / "a.mp4", rotation=90)
+    gc.collect()
+    for start in (0.0, 0.5, 0.9):
+        decode_clip(str(path), start, 8, 8.0)
+    assert not [one for one in gc.get_objects() if isinstance(one, av.VideoFrame)]
 
 
 def test_real_clips() -> None:
