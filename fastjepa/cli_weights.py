@@ -19,7 +19,16 @@ def features(
     frames: Annotated[int, typer.Option(help="frames of a video's clip")] = 16,
     fps: Annotated[float, typer.Option(help="frames a second")] = 4.0,
     batch: Annotated[int, typer.Option(help="files at once")] = 4,
-    format: Annotated[str, typer.Option(help="safetensors or npy")] = "safetensors",
+    format: Annotated[str, typer.Option(help="safetensors, npy or zarr")] = "safetensors",
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            help="read whole videos in windows of --frames that overlap by so many frames"
+        ),
+    ] = None,
+    video: Annotated[
+        bool, typer.Option("--video", help="an .mp4 of pixels beside features as colours, too")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
@@ -34,7 +43,7 @@ def features(
         encoder, sources, out,
         levels=None if levels is None else _numbers("--levels", levels),
         size=size, frames=frames, fps=fps, batch=batch, form=format,  # type: ignore[arg-type]
-        overwrite=overwrite, device=device_of(device),
+        overlap=overlap, video=video, overwrite=overwrite, device=device_of(device),
     ):  # fmt: skip
         if found.paths:
             written = ", ".join(map(str, found.paths))

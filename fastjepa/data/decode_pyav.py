@@ -91,6 +91,31 @@ def decode_clip(
     return clip
 
 
+def decode_whole(
+    path: str, fps: float, transform: FrameTransform | None = None, cache: Cache = DEFAULT
+) -> Iterator[NDArray[Any]]:
+    """What is on screen every 1/fps s from a video's start to its end, one picture after the other.
+
+    Pictures are as those of `decode_clip`, and so are its errors; a file is decoded once, in order.
+    """
+    picture, number, last = _Picture(path, transform), 0, None
+    try:
+        with open_container(path, cache) as container:
+            stream = video_stream(container, path)
+            for shown in _decode(path, container, stream, after_seek=False):
+                while last is not None and number / fps < shown.time:
+                    yield picture.of(last.frame)
+                    number += 1
+                last = shown
+            if last is None:
+                raise DecodeError(path, "holds no video frame", whole_file=True)
+            while number == 0 or number / fps < last.end:
+                yield picture.of(last.frame)
+                number += 1
+    except av.FFmpegError as error:
+        raise DecodeError(path, f"cannot be decoded ({error.strerror})") from None
+
+
 @contextmanager
 def open_container(path: str, cache: Cache) -> Iterator[InputContainer]:
     """Open a media file wherever it is. Raises DecodeError."""

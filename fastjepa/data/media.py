@@ -1,5 +1,6 @@
 """Any media file to frames: videos by PyAV, images by Pillow. The loader's default decoder."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from fastjepa.data.augment import resize_for_features
 from fastjepa.data.cache import DEFAULT, Cache
 from fastjepa.data.decode_image import decode_image
-from fastjepa.data.decode_pyav import decode_clip
+from fastjepa.data.decode_pyav import decode_clip, decode_whole
 from fastjepa.data.decoder import DecodeError, Frame, FrameTransform
 from fastjepa.data.files import Kind, kind_of
 
@@ -47,16 +48,38 @@ def load_for_features(
     multiples of `patch`. `kind` is told by the extension when not given. Raises DecodeError for a
     file that cannot be read.
     """
-    kind = kind or kind_of(path)
+    kind = kind or _kind(path)
+    count = 1 if kind == "image" else frames
+    clip = decode_media(
+        path, kind, start_fraction=start_fraction, frames=count, fps=fps,
+        transform=_fitted(size, patch),
+    )  # fmt: skip
+    return torch.from_numpy(clip).transpose(0, 1).contiguous()
+
+
+def stream_for_features(
+    path: str, size: int, fps: float, *, patch: int = 16
+) -> Iterator[NDArray[Any]]:
+    """All of a video, 1/fps s apart, or an image: uint8 [3, H, W] each, as `load_for_features`.
+
+    Raises DecodeError, perhaps after some pictures.
+    """
+    if _kind(path) == "image":
+        yield decode_image(path, _fitted(size, patch))[0]
+    else:
+        yield from decode_whole(path, fps, _fitted(size, patch))
+
+
+def _kind(path: str) -> Kind:
+    kind = kind_of(path)
     if kind is None:
         raise DecodeError(path, "neither a video nor an image by its extension", whole_file=True)
+    return kind
 
+
+def _fitted(size: int, patch: int) -> FrameTransform:
     def fit(frame: Frame) -> NDArray[Any]:
         fitted: NDArray[Any] = resize_for_features(frame[None], size, patch)[:, 0].numpy()
         return fitted
 
-    count = 1 if kind == "image" else frames
-    clip = decode_media(
-        path, kind, start_fraction=start_fraction, frames=count, fps=fps, transform=fit
-    )
-    return torch.from_numpy(clip).transpose(0, 1).contiguous()
+    return fit

@@ -4,13 +4,14 @@ The encoder is a callable, so a training run's, an exported and a foreign one wo
 Shapes: B clips, T frames, H and W pixels; T', H', W' grid, D channels.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 Levels = Sequence[int]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Encode(Protocol):
@@ -22,12 +23,12 @@ class Encode(Protocol):
 
 def extract(
     encode: Encode,
-    inputs: Iterable[tuple[str, Tensor]],
+    inputs: Iterable[tuple[Name, Tensor]],
     levels: Levels,
     *,
     batch: int = 8,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[str, dict[int, Tensor]]]:
+) -> Iterator[tuple[Name, dict[int, Tensor]]]:
     """Yield each input's name and its features by level, `[T', H', W', D]` on the CPU.
 
     `inputs` are names and normalised float clips `[3, T, H, W]` (an image has T = 1) of any mix
@@ -38,7 +39,7 @@ def extract(
     """
     if batch < 1 or not levels:
         raise ValueError(f"extract: expected batch >= 1 and some levels, got {batch} and {levels}")
-    waiting: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+    waiting: dict[tuple[int, ...], list[tuple[Name, Tensor]]] = {}
     for name, clip_3THW in inputs:
         if clip_3THW.ndim != 4 or clip_3THW.shape[0] != 3 or not clip_3THW.is_floating_point():
             raise ValueError(
@@ -58,10 +59,10 @@ def extract(
 
 def _run(
     encode: Encode,
-    group: list[tuple[str, Tensor]],
+    group: list[tuple[Name, Tensor]],
     levels: Levels,
     device: torch.device | str,
-) -> Iterator[tuple[str, dict[int, Tensor]]]:
+) -> Iterator[tuple[Name, dict[int, Tensor]]]:
     with torch.inference_mode():
         outputs = encode(torch.stack([clip for _, clip in group]).to(device), levels)
         if len(outputs) != len(levels) or any(

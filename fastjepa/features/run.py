@@ -1,6 +1,7 @@
 """From files to features on disk: `fastjepa features`."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from fastjepa.data.augment import normalise
 from fastjepa.data.decoder import DecodeError
+from fastjepa.data.files import kind_of
 from fastjepa.data.manifest import read_manifest
-from fastjepa.data.media import load_for_features
+from fastjepa.data.media import load_for_features, stream_for_features
 from fastjepa.features.extract import extract
+from fastjepa.features.pca_video import write_pca_video
+from fastjepa.features.windows import Blend, windows
 from fastjepa.features.writer import FeatureWriter, Form
 from fastjepa.model import Encoder
 
@@ -36,15 +40,20 @@ def extract_files(
     fps: float = 4.0,
     batch: int = 4,
     form: Form = "safetensors",
+    overlap: int | None = None,
+    video: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[Extracted]:
     """Write dense features `[T', H', W', D]` of every file; yields an `Extracted` each.
 
     sources: manifests as in a recipe. levels: block
-    indices, the last if None. size: short side in pixels, any multiple of the patch. A file that
-    cannot be read is yielded with its reason and no paths, last. Raises ValueError for a bad
-    argument, a manifest that is none, or an output that exists.
+    indices, the last if None. size: short side in pixels, any multiple of the patch. Of a video
+    the first `frames` are read, or, with an `overlap` in frames, all of it in windows of `frames`
+    that overlap and are blended. `video` adds `NAME.pca.mp4` for each video: pixels beside
+    features of the last of `levels` as colours. A file that cannot be read is yielded with its
+    reason and no paths, last. Raises ValueError for a bad argument, a manifest that is none, or an
+    output that exists.
     """
     chosen = list(encoder.levels[-1:] if levels is None else levels)
     if not chosen or not set(chosen) <= set(encoder.levels):
@@ -57,30 +66,60 @@ def extract_files(
         )
     if frames % encoder.tubelet:
         raise ValueError(f"frames: {frames} is no multiple of the tubelet {encoder.tubelet}")
+    if overlap is not None and (overlap % encoder.tubelet or not 0 <= overlap < frames):
+        raise ValueError(
+            f"overlap: {overlap}; expected a multiple of the tubelet {encoder.tubelet} from 0 to "
+            f"below frames ({frames})"
+        )
     manifests = [read_manifest(source) for source in sources]
     files = [entry.path for manifest in manifests for entry in manifest]
     writer = FeatureWriter(out, form, overwrite=overwrite)
     names = _names(files)
     for name in names:
         writer.check(name, chosen)
+        if video:
+            writer.check_file(_video(out, name))
     failed = [(path, f"{path}: {why}") for manifest in manifests for path, why in manifest.bad]
+    blends = {name: Blend() for name in names}
 
-    def inputs() -> Iterator[tuple[str, Tensor]]:
+    def clips(path: str) -> Iterator[tuple[int, Tensor, bool]]:
+        if overlap is None:
+            yield 0, load_for_features(path, size, frames, fps, patch=encoder.patch), True
+        else:
+            pictures = stream_for_features(path, size, fps, patch=encoder.patch)
+            yield from windows(pictures, frames, overlap, encoder.tubelet)
+
+    def inputs() -> Iterator[tuple[tuple[str, int], Tensor]]:
         for name, path in names.items():
             try:
-                clip = load_for_features(path, size, frames, fps, patch=encoder.patch)
+                for number, (first, clip, last) in enumerate(clips(path), 1):
+                    if last:
+                        blends[name].expect(number)
+                    yield (name, first), normalise(clip)
             except DecodeError as error:
                 failed.append((path, str(error)))
-                continue
-            yield name, normalise(clip)
+                del blends[name]
 
-    for name, features in extract(
-        encoder.to(device).features, inputs(), chosen, batch=batch, device=device
-    ):
-        paths = writer.write(name, features, {"source": names[name]})
-        yield Extracted(names[name], paths, tuple(features[chosen[-1]].shape), "")
+    encode = encoder.to(device).features
+    for (name, first), part in extract(encode, inputs(), chosen, batch=batch, device=device):
+        # Some windows of a file that broke later may still come.
+        if name not in blends or not blends[name].add(first, part):
+            continue
+        features, path = blends.pop(name).result(), names[name]
+        paths = writer.write(name, features, {"source": path})
+        whole = features[chosen[-1]]
+        if video and kind_of(path) == "video":
+            pictures = stream_for_features(path, size, fps, patch=encoder.patch)
+            shown = pictures if overlap is not None else islice(pictures, frames)
+            write_pca_video(_video(out, name), shown, whole, fps=fps, tubelet=encoder.tubelet)
+            paths.append(_video(out, name))
+        yield Extracted(path, paths, tuple(whole.shape), "")
     for path, reason in failed:
         yield Extracted(path, [], (), reason)
+
+
+def _video(out: Path, name: str) -> Path:
+    return out / f"{name}.pca.mp4"
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Frames are picked by timestamp: each frame shows its number, so a clip says which it holds."""
 
 import gc
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fastjepa.data.decode_pyav import decode_clip
+from fastjepa.data.decode_pyav import decode_clip, decode_whole
 from fastjepa.data.decoder import DecodeError
 
 TWO_SECONDS = tuple(range(48))
@@ -353,3 +354,21 @@ def test_memory_of_an_enormous_file_is_never_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DecodeError):
         decode_clip(str(path), 0.0, 16, 4.0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
+
+
+@pytest.mark.parametrize("fps", [24.0, 12.0, 30.0, 7.0])
+def test_a_whole_video_shows_what_clips_of_it_show(
+    tmp_path: Path, write_video: Callable, read_numbers: Callable, fps: float
+) -> None:
+    path = str(write_video(tmp_path / "a.mp4"))
+    found = list(decode_whole(path, fps))
+    assert len(found) == math.ceil(2.0 * fps)
+    count = int(2.0 * fps)
+    assert read_numbers(np.stack(found))[:count] == read_numbers(decode_clip(path, 0.0, count, fps))
+    assert len(list(decode_whole(path, 0.1))) == 1
+
+
+def test_a_whole_video_that_is_none_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"nothing")
+    with pytest.raises(DecodeError, match=r"a\.mp4: cannot be opened"):
+        list(decode_whole(str(tmp_path / "a.mp4"), 4.0))

@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 
 from fastjepa.checkpoint import EncoderSizes, write_encoder
 from fastjepa.data.augment import normalise
-from fastjepa.data.media import load_for_features
+from fastjepa.data.decode_pyav import decode_clip
+from fastjepa.data.encode import write_video
+from fastjepa.data.media import load_for_features, stream_for_features
+from fastjepa.features.pca_video import write_pca_video
 from fastjepa.features.run import extract_files
 from fastjepa.model import Encoder
 from fastjepa.pretrained import load
@@ -79,9 +82,96 @@ def test_a_bad_file_is_named_and_the_others_go_on(exported: Path, tmp_path: Path
     assert "bad.mp4" in found[1].reason
 
 
+def numbered_video(path: Path, count: int) -> str:
+    """A dark video that grows brighter, with something that moves."""
+    pictures = np.zeros((count, 64, 96, 3), np.uint8)
+    for number, picture in enumerate(pictures):
+        picture[:] = 2 * number % 200
+        picture[16:32, number % 80 : number % 80 + 16] = 255
+    return str(write_video(path, iter(pictures), "h264", fps=8))
+
+
+def test_a_long_video_is_read_whole_in_blended_windows(exported: Path, tmp_path: Path) -> None:
+    """40 frames in windows of 8: as one window where all fits in it, near that where not."""
+    encoder = load(exported)
+    sources = [numbered_video(tmp_path / f"{name}.mp4", 41) for name in "ab"] + [IMAGE]
+    found = list(
+        extract_files(
+            encoder, sources, tmp_path / "out", size=32, frames=8, fps=8, overlap=4, batch=3
+        )
+    )
+    shapes = {Path(one.source).name: one.shape for one in found}
+    assert shapes == {"a.mp4": (21, 2, 3, 48), "b.mp4": (21, 2, 3, 48), "china.jpg": (1, 2, 3, 48)}
+    tensors = [load_file(one.paths[0])["level3"] for one in found if one.shape[0] > 1]
+    assert torch.equal(*tensors)
+    (whole,) = extract_files(
+        encoder, sources[:1], tmp_path / "one", size=32, frames=64, fps=8, overlap=0
+    )
+    assert whole.shape == (21, 2, 3, 48)
+    alone = load_file(whole.paths[0])["level3"]
+    clip = np.stack(list(stream_for_features(sources[0], 32, 8.0)), axis=1)
+    assert clip.shape == (3, 41, 32, 48)
+    padded = np.concatenate((clip, clip[:, -1:]), axis=1)
+    expected = encoder.features(normalise(torch.from_numpy(padded)[None]))[0]
+    torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_video_of_pixels_beside_colours(exported: Path, tmp_path: Path) -> None:
+    source = numbered_video(tmp_path / "a.mp4", 21)
+    found = list(
+        extract_files(
+            load(exported), [source, IMAGE], tmp_path / "out", size=32, frames=8, fps=8, overlap=4,
+            video=True,
+        )
+    )  # fmt: skip
+    written = {Path(one.source).name: [path.name for path in one.paths] for one in found}
+    assert written == {
+        "a.mp4": ["a.safetensors", "a.pca.mp4"], "china.jpg": ["china.safetensors"],
+    }  # fmt: skip
+    both = decode_clip(str(tmp_path / "out" / "a.pca.mp4"), 0.0, 21, 8.0)
+    assert both.shape == (21, 32, 96, 3)
+    bright = both[:, :, :48].mean((1, 2, 3))
+    assert (np.diff(bright) > 0).mean() > 0.8, "the left half is the input"
+    assert both[:, :, 48:].std(axis=(1, 2)).max() > 30, "the right half has colours"
+    with pytest.raises(ValueError, match=r"a\.(safetensors|pca\.mp4) exists already"):
+        next(extract_files(load(exported), [source], tmp_path / "out", size=32, video=True))
+
+
+def test_a_video_that_breaks_on_the_way_is_skipped_whole(exported: Path, tmp_path: Path) -> None:
+    good = numbered_video(tmp_path / "good.mp4", 33)
+    content = bytearray(Path(numbered_video(tmp_path / "bad.mp4", 200)).read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
+    (tmp_path / "bad.mp4").write_bytes(content)
+    found = list(
+        extract_files(
+            load(exported), [str(tmp_path / "bad.mp4"), good], tmp_path / "out", size=32, frames=8,
+            fps=8, overlap=0, batch=1,
+        )
+    )  # fmt: skip
+    assert [Path(one.source).name for one in found] == ["good.mp4", "bad.mp4"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good.safetensors"]
+
+
+def test_one_palette_for_all_frames(tmp_path: Path) -> None:
+    """A thing keeps its colour: equal features have equal colours at any time."""
+    features = torch.randn(6, 2, 2, 8, generator=torch.Generator().manual_seed(0))
+    features[5] = features[0]
+    pictures = [np.zeros((3, 32, 32), np.uint8)] * 12
+    path = write_pca_video(tmp_path / "a.mp4", pictures, features, fps=4, tubelet=2)
+    frames = decode_clip(str(path), 0.0, 12, 4.0)[:, :, 32:].astype(int)
+    assert np.abs(frames[0] - frames[11]).max() < 40
+    assert np.abs(frames[0] - frames[5]).max() > 60
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
-    [({"levels": [2]}, "levels"), ({"size": 40}, "32 or 48"), ({"frames": 3}, "tubelet")],
+    [
+        ({"levels": [2]}, "levels"),
+        ({"overlap": 16}, "overlap"),
+        ({"overlap": 3}, "overlap"),
+        ({"size": 40}, "32 or 48"),
+        ({"frames": 3}, "tubelet"),
+    ],
 )
 def test_bad_options_are_named(
     exported: Path, tmp_path: Path, option: dict[str, object], words: str

@@ -32,6 +32,19 @@ def test_npy_holds_one_level_a_file(tmp_path: Path) -> None:
     assert np.array_equal(array, FEATURES[11].numpy())
 
 
+def test_zarr_holds_every_level_in_chunks_of_one_step(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    writer = FeatureWriter(tmp_path, "zarr", overwrite=True)
+    for _ in range(2):
+        [path] = writer.write("cat.v2", FEATURES, {"source": "cat.mp4"})
+    assert [p.name for p in tmp_path.iterdir()] == ["cat.v2.zarr"]
+    group = zarr.open_group(path, mode="r")
+    assert dict(group.attrs) == {"source": "cat.mp4"}
+    assert set(group.array_keys()) == {"level5", "level11"}
+    assert np.array_equal(group["level11"][:], FEATURES[11].numpy())
+    assert group["level11"].chunks == (1, 3, 4, 8)
+
+
 def test_bfloat16_is_kept_or_widened(tmp_path: Path) -> None:
     narrow = {11: FEATURES[11].bfloat16()}
     [path] = FeatureWriter(tmp_path).write("cat", narrow)
