@@ -87,13 +87,13 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         device=device,
     )
     folder = recipe.run.folder
-    checkpoint = resume(folder, jepa, engine, guard)
+    checkpoint = resume(folder, engine, guard)
     samples_per_step = {n: s.clips * recipe.optim.accumulate for n, s in streams.items()}
     if checkpoint is not None:
         check_samples(checkpoint, samples_per_step)
         console.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
     elif recipe.train.init_from is not None:
-        parts = load_initial(recipe.train.init_from, jepa)
+        parts = load_initial(recipe.train.init_from, engine)
         console.say(f"initial {', '.join(parts)} from {recipe.train.init_from}")
     return Trainer(
         jepa=jepa,

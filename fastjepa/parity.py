@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from fastjepa.golden import GoldenStep, micro_batch, networks, read_golden
 from fastjepa.parity_report import Ledger, Report
-from fastjepa.train.engine import TorchEngine
-from fastjepa.train.step import Jepa, MicroBatch, forward, named_parameters
+from fastjepa.train.engine import TorchEngine, named_parameters
+from fastjepa.train.step import Jepa, MicroBatch, forward
 from fastjepa_kernels import dense_l1
 from fastjepa_kernels.packing import by_group
 
@@ -202,7 +202,7 @@ def _normalised(targets_MD: Sequence[Tensor]) -> Tensor:
 
 def _gradients(jepa: Jepa, ledger: Ledger) -> None:
     """A gradient may be missing on one side only where the other one is all 0."""
-    for name, parameter in named_parameters(jepa):
+    for name, parameter in named_parameters(jepa.encoder, jepa.predictor):
         key, ours = f"grad.{name}", parameter.grad
         recorded = ledger.golden.tensors.get(key)
         if ours is not None and recorded is not None:
@@ -220,14 +220,15 @@ def _update(jepa: Jepa, engine: TorchEngine, ledger: Ledger) -> None:
     a sum that should be 0 could become a whole step.
     """
     golden = ledger.golden
-    for name, parameter in named_parameters(jepa):
+    for name, parameter in named_parameters(jepa.encoder, jepa.predictor):
         parameter.grad = golden.tensors.get(f"grad.{name}")
     engine.step(
         lr=LR, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM,
         veto=torch.zeros((), device=engine.device),
     )  # fmt: skip
     results = {
-        f"after_adamw.{name}": ("AdamW", parameter) for name, parameter in named_parameters(jepa)
+        f"after_adamw.{name}": ("AdamW", parameter)
+        for name, parameter in named_parameters(jepa.encoder, jepa.predictor)
     }
     if not golden.distilled:
         for name, parameter in jepa.target.named_parameters():

@@ -15,13 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastjepa.model.attention import attend
-from fastjepa.model.block_cpu import attention_half, mlp_half
+from fastjepa.model.block_cpu import attention_half, mlp_half, widened
 from fastjepa.model.positions import turn_tiled
 from fastjepa.model.segments import Segment, SharedRow
 from fastjepa.presets import Rope
 from fastjepa_kernels import rope3d
 
 EPS = 1e-6
+
+
+class LayerNorm(nn.LayerNorm):
+    """Its parameters may be narrower than its input (bfloat16 under a float32 stream)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = widened(self.weight, input), widened(self.bias, input)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -59,9 +67,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.backend, self.rope = attention, rope
-        self.norm1 = nn.LayerNorm(width, eps=EPS)
+        self.norm1 = LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=EPS)
+        self.norm2 = LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width, mlp_width)
 
     def forward(

@@ -64,12 +64,18 @@ def mlp_half(x_RD: Tensor, norm: nn.LayerNorm, mlp: "Mlp") -> Tensor:
     return out
 
 
+def widened(parameter: Tensor, x: Tensor) -> Tensor:
+    """A norm's parameter in x's dtype where that holds more; LayerNorm takes none narrower."""
+    return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
+
+
 def _product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _normed(x_RD: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Any:
     """LayerNorm in x's dtype, its output in `dtype`, with mean and 1/std."""
+    weight, bias = widened(weight, x_RD), widened(bias, x_RD)
     n, mean, rstd = aten.native_layer_norm(x_RD, x_RD.shape[-1:], weight, bias, eps)
     return n.to(dtype), mean, rstd
 
@@ -77,9 +83,11 @@ def _normed(x_RD: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
 def _norm_backward(
     dn_RD: Tensor, x_RD: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> Any:
-    return aten.native_layer_norm_backward(
-        dn_RD.to(x_RD.dtype), x_RD, x_RD.shape[-1:], mean, rstd, weight, bias, [True, True, True]
-    )
+    dx_RD, dweight, dbias = aten.native_layer_norm_backward(
+        dn_RD.to(x_RD.dtype), x_RD, x_RD.shape[-1:], mean, rstd, widened(weight, x_RD),
+        widened(bias, x_RD), [True, True, True],
+    )  # fmt: skip
+    return dx_RD, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def _heads_first(parts: Sequence[Tensor], table: Tensor) -> Tensor:

@@ -10,16 +10,16 @@ from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastjepa.model.block import EPS, Block
+from fastjepa.model.block import EPS, Block, LayerNorm
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import segments_of
 from fastjepa.model.tokenizer import Tokenizer
 from fastjepa.presets import Generation, Rope
 from fastjepa_kernels import packed_rows
+from fastjepa_kernels.precision import wide
 
 
 class Encoder(nn.Module):
@@ -75,9 +75,9 @@ class Encoder(nn.Module):
             Block(width, heads, mlp_width, attention=attention, rope=rope) for _ in range(depth)
         )
         if generation == "2.1":
-            self.norms_block = nn.ModuleList(nn.LayerNorm(width, eps=EPS) for _ in levels)
+            self.norms_block = nn.ModuleList(LayerNorm(width, eps=EPS) for _ in levels)
         else:
-            self.norm = nn.LayerNorm(width, eps=EPS)
+            self.norm = LayerNorm(width, eps=EPS)
         initialise(self, self.blocks)  # type: ignore[arg-type]
 
     def grid(self, clip: Tensor) -> tuple[int, int, int]:
@@ -185,7 +185,5 @@ class Encoder(nn.Module):
         return norm
 
     def _level(self, number: int, x_RD: Tensor) -> Tensor:
-        norm = self.norm_of(number)
-        wide = x_RD if x_RD.dtype == torch.float64 else x_RD.float()
-        weight, bias = norm.weight.to(wide.dtype), norm.bias.to(wide.dtype)
-        return F.layer_norm(wide, (self.width,), weight, bias, norm.eps)
+        level: Tensor = self.norm_of(number)(x_RD.to(wide(x_RD.dtype)))
+        return level

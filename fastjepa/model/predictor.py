@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastjepa.model.block import EPS, Block
+from fastjepa.model.block import EPS, Block, LayerNorm
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import SharedRow, segments_of
 from fastjepa.presets import Rope
+from fastjepa_kernels.precision import wide
 
 
 class Predictor(nn.Module):
@@ -66,7 +67,7 @@ class Predictor(nn.Module):
             Block(width, heads, mlp_width or 4 * width, attention=attention, rope=rope)
             for _ in range(depth)
         )
-        self.predictor_norm = nn.LayerNorm(width, eps=EPS)
+        self.predictor_norm = LayerNorm(width, eps=EPS)
         channels = num_levels * (out_width or encoder_width)
         self.predictor_proj = nn.Linear(width, channels)
         self.predictor_proj_context = nn.Linear(width, channels)
@@ -90,7 +91,9 @@ class Predictor(nn.Module):
         context_RP = self.predictor_embed(torch.cat(tuple(levels_RD), dim=-1))
         modality = self.img_mod_embed if image else self.video_mod_embed
         # Every predicted token starts as the same row: the first block takes it once.
-        x_RP = torch.cat((context_RP, self.mask_tokens[0][0])) + modality[0]
+        mask_1P = self.mask_tokens[0][0]
+        # The residual stream is float32 at least, in parameters of bfloat16 as under autocast.
+        x_RP = torch.cat((context_RP, mask_1P.to(wide(mask_1P.dtype)))) + modality[0]
         segments = segments_of(
             [
                 (context.shape[0], context.shape[1] + predict.shape[1])

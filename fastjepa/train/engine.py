@@ -1,12 +1,77 @@
-"""The arithmetic of one process: precision, gradients, AdamW with a veto, EMA."""
+"""What a step asks of the arithmetic below it, and the engine of one process.
 
+`engine_deepspeed.py` holds the engine of many.
+"""
+
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fastjepa.checkpoint import load_strict, pack_optimizer, unpack_optimizer
+from fastjepa.objective.health import gradient_norms
 from fastjepa.optim.param_groups import param_groups
+from fastjepa.train.ranks import Ranks
 from fastjepa_kernels import ema_update
+
+Parts = Mapping[str, Mapping[str, Tensor]]
+
+
+class Engine(Protocol):
+    """Forward, backward, optimizer and EMA, over one rank or many.
+
+    `dtype` is the products' dtype; `in_turn` says that mask groups go through the predictor one
+    after the other.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    in_turn: bool
+    ranks: Ranks
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which the networks run."""
+
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        """`run()`, which calls the networks and returns the loss, under `autocast`."""
+
+    def measure(self, run: Callable[[], None]) -> None:
+        """`run()`, which calls the networks, without gradients, as exactly as the weights are."""
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the loss's gradients; with `last` they are the step's whole gradients, the mean over
+        the ranks."""
+
+    def part_norms(self) -> dict[str, Tensor]:
+        """0-d norms of the step's gradients as `gradient_norms` names them, before clipping."""
+
+    def grad_norm(self) -> Tensor:
+        """0-d global norm of the step's gradients; they are clipped by it if asked for."""
+
+    def step(self, *, lr: float, weight_decay: float, momentum: float, veto: Tensor) -> None:
+        """AdamW, then the EMA of the result; where `veto` is 1 neither changes anything."""
+
+    def state(self) -> Parts:
+        """Weights and moments as a checkpoint's parts, complete on the first rank, empty on the
+        others: `encoder`, `predictor`, `target_encoder` and `optimizer`."""
+
+    def load(self, parts: Parts, what: str) -> None:
+        """Take over those parts of `state()` that are given, from every rank.
+
+        `what` names the file in errors. Raises CheckpointError naming each tensor that does not
+        fit.
+        """
+
+
+def named_parameters(encoder: nn.Module, predictor: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter that the optimizer moves, named `encoder.*` and `predictor.*`."""
+    return [
+        (f"{part}.{name}", parameter)
+        for part, module in (("encoder", encoder), ("predictor", predictor))
+        for name, parameter in module.named_parameters()
+    ]
 
 
 class TorchEngine:
@@ -37,8 +102,8 @@ class TorchEngine:
         """
         self.device = next(encoder.parameters()).device
         self.in_turn = self.device.type == "cpu" if in_turn is None else in_turn
-        self.dtype, self.clip = dtype, clip
-        self.parameters = [*encoder.parameters(), *predictor.parameters()]
+        self.dtype, self.clip, self.ranks = dtype, clip, Ranks()
+        self.named = named_parameters(encoder, predictor)
         self.optimizer = torch.optim.AdamW(
             param_groups((encoder, predictor), weight_decay),
             lr=0.0,
@@ -46,22 +111,32 @@ class TorchEngine:
             eps=eps,
             fused=True,
         )
+        self.networks = {"encoder": encoder, "predictor": predictor, "target_encoder": target}
         self.ema_pairs = (
             (list(target.parameters()), list(encoder.parameters())) if follows else None
         )
         target.requires_grad_(False)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """The context in which forwards run."""
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16
         )
 
-    def backward(self, loss: Tensor) -> None:
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        with self.autocast():
+            return run()
+
+    @torch.no_grad()
+    def measure(self, run: Callable[[], None]) -> None:
+        run()
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         loss.backward()
 
+    def part_norms(self) -> dict[str, Tensor]:
+        return gradient_norms(self.named)
+
     def grad_norm(self) -> Tensor:
-        """0-d global norm of all gradients; clips them to `clip` if that is set."""
         grads = self.gradients()
         norm = torch.nn.utils.get_total_norm(grads)
         if self.clip is not None:
@@ -69,16 +144,34 @@ class TorchEngine:
         return norm
 
     def gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """Those of all parameters that have one."""
+        return [p.grad for _, p in self.named if p.grad is not None]
 
     def step(self, *, lr: float, weight_decay: float, momentum: float, veto: Tensor) -> None:
-        """AdamW, then the EMA of the result; where `veto` is 1 neither changes anything."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            if group["decay"]:
-                group["weight_decay"] = weight_decay
+        set_schedule(self.optimizer, lr=lr, weight_decay=weight_decay)
         self.optimizer.found_inf = veto  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema_pairs is not None:
             ema_update(*self.ema_pairs, momentum, veto=veto)
+
+    def state(self) -> Parts:
+        parts: dict[str, dict[str, Tensor]] = {
+            name: module.state_dict() for name, module in self.networks.items()
+        }
+        return parts | {"optimizer": pack_optimizer(self.optimizer, self.named)}
+
+    def load(self, parts: Parts, what: str) -> None:
+        for name, module in self.networks.items():
+            if name in parts:
+                load_strict(module, parts[name], f"{what}: {name}")
+        if "optimizer" in parts:
+            unpack_optimizer(self.optimizer, self.named, parts["optimizer"], f"{what}: optimizer")
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:
+    """This step's learning rate in all groups, its weight decay in those that decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if group["decay"]:
+            group["weight_decay"] = weight_decay

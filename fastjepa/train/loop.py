@@ -21,7 +21,7 @@ from fastjepa.observe.console import Console
 from fastjepa.observe.memory import read_memory
 from fastjepa.observe.sinks import Sinks, read_metrics
 from fastjepa.observe.throughput import Throughput
-from fastjepa.train.engine import TorchEngine
+from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.plan import StepPlan
 from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
@@ -39,7 +39,7 @@ class Trainer:
     """Everything a run needs, wired by build.py; `run` goes from `step` to the plan's end."""
 
     jepa: Jepa
-    engine: TorchEngine
+    engine: Engine
     guard: LossGuard
     plan: StepPlan
     loaders: Mapping[str, BatchSource]
@@ -63,7 +63,7 @@ class Trainer:
         checkpoint stands then.
         """
         watch = self._health_so_far()
-        probe = Probe(self.jepa, normalise(self.probe_clip(next(iter(self.loaders)))))
+        probe = Probe(self.jepa, self.engine, normalise(self.probe_clip(next(iter(self.loaders)))))
         meter = Throughput()
         batches = {
             stream: loader.batches(
@@ -101,17 +101,9 @@ class Trainer:
                 self.save()
         return self.step == self.plan.steps
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """Write a checkpoint of the present step."""
-        return save(
-            self.folder,
-            self.step,
-            self.jepa,
-            self.engine,
-            self.guard,
-            self.facts,
-            self.keep_checkpoints,
-        )
+        save(self.folder, self.step, self.engine, self.guard, self.facts, self.keep_checkpoints)
 
     def probe_clip(self, stream: str) -> torch.Tensor:
         """The fixed clip that health and pictures are taken on: uint8 [1, 3, T, H, W]."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.objective.health import effective_rank, feature_std, target_drift
+from fastjepa.train.engine import Engine
 from fastjepa.train.plan import Draw
 from fastjepa.train.step import Jepa, StepReport
 
@@ -46,17 +47,15 @@ def stream_losses(report: StepReport, draws: Sequence[Draw]) -> dict[str, Tensor
 class Probe:
     """Health of the features of one fixed clip, measured the same way along the whole run."""
 
-    def __init__(self, jepa: Jepa, clip: Tensor) -> None:
+    def __init__(self, jepa: Jepa, engine: Engine, clip: Tensor) -> None:
         """clip: normalised [1, 3, T, H, W] on the run's device."""
-        self._jepa, self._clip = jepa, clip
-        self._targets = self._target_levels()[-1]
+        self._jepa, self._engine, self._clip = jepa, engine, clip
+        self._targets = self._levels()[1][-1]
 
-    @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
         """Std of context and target features by level, rank of the last, drift since the last
         call."""
-        features = self._jepa.encoder(self._clip, levels=self._jepa.levels)
-        targets = self._target_levels()
+        features, targets = self._levels()
         found = {
             f"feature_std/level{level}": feature_std(x)
             for level, x in zip(self._jepa.levels, features, strict=True)
@@ -70,10 +69,16 @@ class Probe:
         self._targets = targets[-1]
         return found
 
-    @torch.no_grad()
-    def _target_levels(self) -> list[Tensor]:
-        levels: list[Tensor] = self._jepa.target(self._clip, levels=self._jepa.target_levels)
-        return levels
+    def _levels(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the context encoder and of the target."""
+        found: list[list[Tensor]] = []
+
+        def run() -> None:
+            found.append(self._jepa.encoder(self._clip, levels=self._jepa.levels))
+            found.append(self._jepa.target(self._clip, levels=self._jepa.target_levels))
+
+        self._engine.measure(run)
+        return found[0], found[1]
 
 
 def on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:

@@ -4,54 +4,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from fastjepa.checkpoint import (
     Checkpoint,
     CheckpointError,
     latest_checkpoint,
     load_checkpoint,
-    load_strict,
-    pack_optimizer,
     pack_rng,
     read_encoder,
     read_official,
     save_checkpoint,
-    unpack_optimizer,
     unpack_rng,
 )
-from fastjepa.train.engine import TorchEngine
+from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
-from fastjepa.train.step import Jepa, named_parameters
 
 WEIGHTS = ("encoder", "predictor", "target_encoder")
-
-
-def modules(jepa: Jepa) -> dict[str, nn.Module]:
-    """The networks under the names of their checkpoint files."""
-    return dict(zip(WEIGHTS, (jepa.encoder, jepa.predictor, jepa.target), strict=True))
+ENGINE = (*WEIGHTS, "optimizer")
 
 
 def save(
-    folder: Path,
-    step: int,
-    jepa: Jepa,
-    engine: TorchEngine,
-    guard: LossGuard,
-    facts: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write a checkpoint of `step` finished steps; `facts` (model sizes, ...) go into its state."""
-    tensors: dict[str, dict[str, Tensor]] = {
-        name: module.state_dict() for name, module in modules(jepa).items()
-    }
-    tensors["optimizer"] = pack_optimizer(engine.optimizer, named_parameters(jepa))
-    tensors["guard"] = guard.state()
-    tensors["rng"] = pack_rng()
-    return save_checkpoint(folder, step, tensors, facts, keep)
+    folder: Path, step: int, engine: Engine, guard: LossGuard, facts: dict[str, Any], keep: int
+) -> None:
+    """Write a checkpoint of `step` finished steps; `facts` (model sizes, ...) go into its state.
+
+    All ranks call it and the first one writes, the same files whatever the engine: any number of
+    ranks can go on from them.
+    """
+    parts = engine.state()
+    if engine.ranks.first:
+        tensors = {**parts, "guard": guard.state(), "rng": pack_rng()}
+        save_checkpoint(folder, step, tensors, facts, keep)
 
 
-def resume(folder: Path, jepa: Jepa, engine: TorchEngine, guard: LossGuard) -> Checkpoint | None:
+def resume(folder: Path, engine: Engine, guard: LossGuard) -> Checkpoint | None:
     """Restore the newest complete checkpoint of `folder`; None if there is none.
 
     Raises CheckpointError (a ValueError) naming what does not fit, before anything is changed.
@@ -60,9 +45,7 @@ def resume(folder: Path, jepa: Jepa, engine: TorchEngine, guard: LossGuard) -> C
     if path is None:
         return None
     checkpoint = load_checkpoint(path)
-    for name, module in modules(jepa).items():
-        load_strict(module, checkpoint.tensors[name], f"{path}/{name}.safetensors")
-    unpack_optimizer(engine.optimizer, named_parameters(jepa), checkpoint.tensors["optimizer"])
+    engine.load({name: checkpoint.tensors[name] for name in ENGINE}, str(path))
     guard.load(checkpoint.tensors["guard"])
     unpack_rng(checkpoint.tensors["rng"])
     return checkpoint
@@ -84,7 +67,7 @@ def check_samples(checkpoint: Checkpoint, samples_per_step: Mapping[str, int]) -
             )
 
 
-def load_initial(path: Path, jepa: Jepa) -> tuple[str, ...]:
+def load_initial(path: Path, engine: Engine) -> tuple[str, ...]:
     """Start from the weights at `path`: a run folder, a checkpoint, an official .pt or an
     exported encoder.
 
@@ -103,7 +86,5 @@ def load_initial(path: Path, jepa: Jepa) -> tuple[str, ...]:
     else:
         encoder = read_encoder(path).tensors
         loaded = {"target_encoder": encoder, "encoder": encoder}
-    for name, module in modules(jepa).items():
-        if name in loaded:
-            load_strict(module, loaded[name], f"train.init_from {path}: {name}")
+    engine.load(loaded, f"train.init_from {path}")
     return tuple(loaded)

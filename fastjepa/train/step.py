@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjepa.masking.batch import Masks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss, mean_of_groups
-from fastjepa.objective.health import gradient_norms
-from fastjepa.train.engine import TorchEngine
+from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
 
 
@@ -23,13 +22,15 @@ class MicroBatch:
     """Clips of one modality with their masks: `clip` [B, 3, T, H, W], normalised; T = 1 is an
     image.
 
-    `share` weighs its loss in the optimizer step, `context_weight` is lambda at this step.
+    `share` weighs its loss in the optimizer step, `context_weight` is lambda at this step. `last`:
+    the optimizer step ends with it.
     """
 
     clip: Tensor
     masks: Masks
     share: float
     context_weight: float
+    last: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def forward(jepa: Jepa, batch: MicroBatch, dtype: torch.dtype) -> LossTerms:
     return _predict(jepa, batch, batch.masks, targets_MD, levels_RD, dtype)
 
 
-def forward_backward(jepa: Jepa, engine: TorchEngine, batch: MicroBatch) -> LossTerms:
+def forward_backward(jepa: Jepa, engine: Engine, batch: MicroBatch) -> LossTerms:
     """`forward` and its gradients, weighed by the batch's share.
 
     With `engine.in_turn` the predictor and the loss go through one mask group after the other,
@@ -70,10 +71,14 @@ def forward_backward(jepa: Jepa, engine: TorchEngine, batch: MicroBatch) -> Loss
     held.
     """
     if not engine.in_turn:
-        with engine.autocast():
-            terms = forward(jepa, batch, engine.dtype)
-        engine.backward(terms.total * batch.share)
-        return terms
+        found: list[LossTerms] = []
+
+        def loss() -> Tensor:
+            found.append(forward(jepa, batch, engine.dtype))
+            return found[0].total * batch.share
+
+        engine.backward(engine.forward(loss), last=batch.last)
+        return found[0]
     with engine.autocast():
         targets_MD, levels_RD = _encode(jepa, batch)
     leaves = [level.detach().requires_grad_() for level in levels_RD]
@@ -123,7 +128,7 @@ def _predict(
 
 def train_step(
     jepa: Jepa,
-    engine: TorchEngine,
+    engine: Engine,
     guard: LossGuard,
     micro_batches: Iterable[MicroBatch],
     *,
@@ -135,7 +140,9 @@ def train_step(
 ) -> StepReport:
     """One optimizer step over its micro-batches, then the EMA. Nothing waits for the device.
 
-    `norms_by_part` adds the gradient norm of each part of the networks to the report.
+    On many ranks all take the step or none does: the guard sees the ranks' mean loss, and one
+    rank's veto is everyone's. `norms_by_part` adds the gradient norm of each part of the networks
+    to the report.
     """
     loss = torch.zeros((), device=engine.device)
     terms = []
@@ -143,17 +150,9 @@ def train_step(
         term = forward_backward(jepa, engine, batch)
         loss = loss + term.total.detach() * batch.share
         terms.append(term)
-    norms = gradient_norms(named_parameters(jepa)) if norms_by_part else {}
+    loss = engine.ranks.mean(loss)
+    norms = engine.part_norms() if norms_by_part else {}
     grad_norm = engine.grad_norm()
-    veto = guard.veto(step, loss, grad_norm)
+    veto = engine.ranks.any(guard.veto(step, loss, grad_norm))
     engine.step(lr=lr, weight_decay=weight_decay, momentum=momentum, veto=veto)
     return StepReport(loss, tuple(terms), grad_norm, veto, norms)
-
-
-def named_parameters(jepa: Jepa) -> list[tuple[str, nn.Parameter]]:
-    """Every parameter that the optimizer moves, named `encoder.*` and `predictor.*`."""
-    return [
-        (f"{part}.{name}", parameter)
-        for part, module in (("encoder", jepa.encoder), ("predictor", jepa.predictor))
-        for name, parameter in module.named_parameters()
-    ]

@@ -1,0 +1,131 @@
+"""The processes that train together: who this one is, and the small things they tell each other.
+
+    with join(device, timeout=600) as ranks: ...
+
+Launchers (`fastjepa train --nproc`, torchrun, deepspeed, srun) give each process its place in the
+environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them there is one rank.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+
+
+class RanksError(ValueError):
+    """The ranks cannot work together; every rank raises it, so one of them need print it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's `rank` of `size`. With one rank, and with no process group, nothing is sent.
+
+    All ranks must call the same methods in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes metrics, checkpoints and the console."""
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The ranks' mean of a tensor on the training device; NaN if any rank's is."""
+        if self.size == 1:
+            return values
+        values = values / self.size
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag: Tensor) -> Tensor:
+        """A 0-d float32 flag of 0 or 1 on the training device: 1 if any rank's is."""
+        if self.size > 1:
+            flag = flag.clone()
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return flag
+
+    def any_on_host(self, flag: bool) -> bool:
+        """Whether any rank's flag is set, told through the hosts: no rank waits for its device."""
+        if self.size == 1:
+            return flag
+        return bool(self.any(torch.tensor(float(flag))))
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """The first rank's values into everyone's tensors."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; it has to be picklable."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def check_same(self, **facts: str) -> None:
+        """Raises RanksError on every rank, naming the first fact that is not the same on all."""
+        told = self.gather(facts)
+        for name, first in told[0].items():
+            for rank, other in enumerate(told):
+                if other[name] != first:
+                    raise RanksError(
+                        f"ranks: {name} is {first} on rank 0 and {other[name]} on rank {rank}; "
+                        "expected the same on all"
+                    )
+
+
+@contextmanager
+def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterator[Ranks]:
+    """The ranks that the launcher started, joined; they part at the end of the block.
+
+    `timeout` in seconds is how long a rank waits for another, at the start and in a step. With
+    `alone` a process group is made for one rank too (DeepSpeed wants one). Raises RanksError when
+    the ranks do not find each other in time, ValueError for an environment that is none.
+    """
+    size = _number("WORLD_SIZE", 1)
+    ranks = Ranks(_number("RANK", 0), size)
+    if not 0 <= ranks.rank < size:
+        raise ValueError(f"RANK is {ranks.rank}, expected 0 to WORLD_SIZE - 1 = {size - 1}")
+    if size == 1 and not alone:
+        yield ranks
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(_number("LOCAL_RANK", 0))
+        backend = "cpu:gloo,cuda:nccl"
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(
+            backend, rank=ranks.rank, world_size=size, timeout=timedelta(seconds=timeout),
+            store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
+        )  # fmt: skip
+    except (dist.DistError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise RanksError(
+            f"ranks: {size} ranks did not meet at {where} within {timeout:g} s (engine.timeout), "
+            f"seen from rank {ranks.rank}: {reason}"
+        ) from error
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r} in the environment, expected a number") from None

@@ -1,0 +1,187 @@
+"""A rank's share of the float32 state under DeepSpeed ZeRO: masters, moments, gradients, the EMA.
+
+The EMA is the twin of the encoder's float32 masters: a tensor of the same shape on the same rank,
+so it follows them without communication. Only the target's working weights, which its forward runs
+with, travel. A shard is a flat tensor of this rank, one for each of the optimizer's groups (ZeRO
+stages 1 and 2), their sub-groups (3) or parameters (0); a fragment is the stretch of a parameter
+that a shard holds. `zero_layout.py` knows where DeepSpeed keeps them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from fastjepa.checkpoint.strict import check_fit
+from fastjepa.objective.health import part_of
+from fastjepa.train.zero_layout import Layout
+from fastjepa_kernels import ema_update
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Tensors = Mapping[str, Tensor]
+
+
+class ZeroShards:
+    """The shards of one rank, by the names of the parameters.
+
+    `shapes` names every trained parameter; `targets` is the target's parameter for each of the
+    encoder's names.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        shapes: Mapping[str, torch.Size],
+        targets: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._layout, self._shapes, self._targets = layout, shapes, targets
+        self._parts = sorted({part_of(name) for name in shapes})
+        every = (f for rank in range(layout.size) for f in layout.fragments(rank))
+        followed = {fragment.shard for fragment in every if fragment.name in targets}
+        masters = layout.masters()
+        self.ema = {shard: masters[shard].detach().clone() for shard in sorted(followed)}
+        layout.lay_out_target(targets, self.ema)
+
+    def update_ema(self, momentum: float) -> None:
+        """Move the EMA towards the masters; the target's working weights begin to travel."""
+        masters = self._layout.masters()
+        sources = [masters[shard].detach() for shard in self.ema]
+        ema_update(list(self.ema.values()), sources, momentum)
+        self._layout.publish(self._targets, self.ema)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Norms of the step's gradients, all and by part, as `gradient_norms` names them."""
+        squares = torch.zeros(len(self._parts), device=self._layout.device)
+        for fragment, gradient in self._layout.gradients():
+            norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+            squares[self._parts.index(part_of(fragment.name))] += norm.square().to(squares.device)
+        if self._layout.sharded:
+            dist.all_reduce(squares)
+        parts = dict(zip(self._parts, squares.sqrt().unbind(), strict=True))
+        return {"grad_norm": squares.sum().sqrt()} | {f"grad_norm/{n}": x for n, x in parts.items()}
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """A checkpoint's parts, whole and on the host of the first rank; empty on the others."""
+        masters = dict(enumerate(self._layout.masters()))
+        weights = self._whole(masters)
+        ema = self._whole(self.ema)
+        optimizer = self._layout.client.state
+        trained = all(master in optimizer for master in masters.values())
+        moments = {
+            key: self._whole({s: optimizer[master][key] for s, master in masters.items()})
+            for key in (MOMENTS if trained else ())
+        }
+        if dist.get_rank():
+            return {}
+        steps = torch.zeros(())
+        if trained:
+            steps = optimizer[masters[0]]["step"].detach().cpu()
+        packed = {f"{name}.step": steps.clone() for name in self._shapes}
+        for key, whole in moments.items():
+            packed |= {f"{name}.{key}": tensor for name, tensor in whole.items()}
+        return {
+            "encoder": _under("encoder.", weights),
+            "predictor": _under("predictor.", weights),
+            "target_encoder": _under("encoder.", ema),
+            "optimizer": packed,
+        }
+
+    def load(self, parts: Mapping[str, Tensors], what: str) -> None:
+        """Take over those of `state()`'s parts that are given, from every rank.
+
+        Raises CheckpointError naming each tensor that does not fit, before anything is changed.
+        """
+        weights: dict[str, Tensor] = {}
+        for part in ("encoder", "predictor"):
+            if part in parts:
+                check_fit(self._empty(f"{part}."), parts[part], f"{what}: {part}")
+                weights |= {f"{part}.{name}": tensor for name, tensor in parts[part].items()}
+        ema = parts.get("target_encoder", {})
+        if ema:
+            check_fit(self._empty("encoder."), ema, f"{what}: target_encoder")
+        if "optimizer" in parts:
+            self._check_moments(parts["optimizer"], f"{what}: optimizer")
+            self._load_moments(parts["optimizer"])
+        masters = dict(enumerate(self._layout.masters()))
+        self._fill(masters, weights.get)
+        self._fill(self.ema, lambda name: ema.get(name.removeprefix("encoder.")))
+        self._layout.refresh()
+        self._layout.publish(self._targets, self.ema)
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes of this rank by kind, communication buckets apart: `masters`, `moments`, `ema`,
+        and the layout's `weights`, `gradients` and `target`."""
+        masters = self._layout.masters()
+        state = self._layout.client.state
+        moments = [state[m][key] for m in masters if m in state for key in MOMENTS]
+        kinds = {"masters": masters, "moments": moments, "ema": list(self.ema.values())}
+        kinds |= self._layout.working(self._targets)
+        return {kind: _storage_bytes(tensors) for kind, tensors in kinds.items()}
+
+    def _whole(self, shards: Mapping[int, Tensor]) -> dict[str, Tensor]:
+        """Parameters put together on the first rank from all ranks' shards of one kind."""
+        whole: dict[str, Tensor] = {}
+        for number, shard in shards.items():
+            gathered = self._layout.gather(shard.detach())
+            for rank, tensor in enumerate(gathered):
+                for fragment in self._layout.fragments(rank):
+                    if fragment.shard != number:
+                        continue
+                    shape = self._shapes[fragment.name]
+                    to = whole.setdefault(fragment.name, torch.empty(shape, dtype=torch.float32))
+                    fragment.within(to).copy_(fragment.of(tensor))
+        return whole
+
+    def _fill(self, shards: Mapping[int, Tensor], whole: Callable[[str], Tensor | None]) -> None:
+        """This rank's stretches of whole parameters into its shards of one kind."""
+        for fragment in self._layout.own:
+            found = whole(fragment.name) if fragment.shard in shards else None
+            if found is not None:
+                with torch.no_grad():
+                    fragment.of(shards[fragment.shard]).copy_(fragment.within(found))
+
+    def _check_moments(self, found: Tensors, what: str) -> None:
+        wanted: dict[str, Tensor] = {}
+        for name, empty in self._empty("").items():
+            wanted[f"{name}.step"] = torch.zeros((), dtype=torch.float64)
+            if any(f"{name}.{key}" in found for key in MOMENTS):
+                wanted |= {f"{name}.{key}": empty for key in MOMENTS}
+        check_fit(wanted, found, what)
+
+    def _load_moments(self, found: Tensors) -> None:
+        """A parameter that no gradient has reached has no moments in a file, and zeros here."""
+        steps = max(float(found[f"{name}.step"]) for name in self._shapes)
+        masters = dict(enumerate(self._layout.masters()))
+        state = self._layout.client.state
+        for master in masters.values():
+            state.pop(master, None)
+        if not steps:
+            return
+        for master in masters.values():
+            state[master] = {"step": torch.tensor(steps, device=master.device)} | {
+                key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS
+            }
+        for key in MOMENTS:
+            moments = {shard: state[master][key] for shard, master in masters.items()}
+            self._fill(moments, lambda name, key=key: found.get(f"{name}.{key}"))  # type: ignore[misc]
+
+    def _empty(self, part: str) -> dict[str, Tensor]:
+        """The parameters of a part as tensors without memory."""
+        return {
+            name.removeprefix(part): torch.empty(shape, device="meta")
+            for name, shape in self._shapes.items()
+            if name.startswith(part)
+        }
+
+
+def _under(part: str, tensors: Tensors) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)
+    }
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the memory behind the tensors, each piece once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

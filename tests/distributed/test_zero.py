@@ -1,0 +1,105 @@
+"""ZeRO against one process, by real ranks over gloo: losses, weights, the EMA's shards, vetoes.
+
+The ranks of a size start once and work through the cases of worker.py; each test reads what they
+found.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+STAGES = (0, 1, 2, 3)
+# Clips, masks and weights are the same: what is left is the order in which sums are taken.
+FULL, HALF = 1e-5, 1e-3
+OTHER_WAYS = ("offload/1", "offload/2", "offload/3", "checkpointing/3")
+
+Findings = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda size: f"{size} ranks")
+def findings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Findings]:
+    """The number of ranks, and what they found."""
+    out = tmp_path_factory.mktemp("ranks") / "findings.json"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    worker = str(Path(__file__).with_name("worker.py"))
+    ended = subprocess.run(
+        [*launch, str(request.param), worker, str(out)], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return request.param, json.loads(out.read_text())
+
+
+def cases(found: tuple[int, Findings], kind: str) -> Findings:
+    """Those of one kind; each number of ranks has some."""
+    return {name: case for name, case in found[1].items() if name.split("/")[0] == kind}
+
+
+def test_float32_equals_one_process(findings: tuple[int, Findings]) -> None:
+    found = cases(findings, "full")
+    assert len(found) == (3 if findings[0] == 4 else 4)
+    for name, case in found.items():
+        assert case["loss_error"] <= FULL, name
+        assert case["norm_error"] <= FULL, name
+        assert case["weight_error"] <= FULL, name
+
+
+def test_the_ema_in_shards_is_the_whole_ema_bit_for_bit(findings: tuple[int, Findings]) -> None:
+    found = cases(findings, "ema")
+    assert {"ema/1", "ema/2", "ema/3"} <= found.keys()
+    for name, case in found.items():
+        assert case["equal"], name
+        assert case["published"] == [True] * findings[0], f"{name}: the target's working weights"
+
+
+def test_an_infinity_on_one_rank_skips_the_step_on_all(findings: tuple[int, Findings]) -> None:
+    for name, case in cases(findings, "full").items():
+        assert case["vetoes"] == [[0.0, 0.0, 1.0, 0.0]] * findings[0], name
+        assert case["steps_counted"], name
+
+
+@pytest.mark.parametrize("findings", [2], indirect=True)
+class TestTwoRanks:
+    """What two ranks show for all."""
+
+    def test_bfloat16_follows_one_process(self, findings: tuple[int, Findings]) -> None:
+        found = cases(findings, "half")
+        assert len(found) == len(STAGES)
+        for name, case in found.items():
+            assert case["loss_error"] <= HALF, name
+            # A weight moves by its learning rate of 1e-3 a step, whichever way its sign points.
+            assert case["weight_error"] <= 2 * 3 * 1e-3, name
+
+    @pytest.mark.parametrize("way", OTHER_WAYS)
+    def test_offload_and_checkpointing_change_no_number(
+        self, findings: tuple[int, Findings], way: str
+    ) -> None:
+        case = findings[1][way]
+        assert case["loss_error"] <= FULL
+        assert case["norm_error"] <= FULL
+        assert case["weight_error"] <= FULL
+
+    @pytest.mark.parametrize("way", ["resumed/1", "resumed/3"])
+    def test_a_state_goes_on_at_another_stage(
+        self, findings: tuple[int, Findings], way: str
+    ) -> None:
+        case = findings[1][way]
+        assert case["cut"] == pytest.approx(case["straight"], rel=FULL)
+        assert case["cut"] != pytest.approx(case["first"], rel=FULL)
+
+    def test_a_jump_of_the_mean_loss_is_everyones(self, findings: tuple[int, Findings]) -> None:
+        case = findings[1]["jumps"]
+        assert case["vetoes"] == [[1.0], [1.0]]
+        assert case["unchanged"]

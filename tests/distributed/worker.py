@@ -1,0 +1,168 @@
+"""What each rank runs, under torchrun: the cases of test_zero.py one after another in one process
+group. The first rank writes their findings: worker.py OUT.json."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from problem import CPU, alone, guard, networks, train
+from torch import Tensor
+from torch import distributed as dist
+
+from fastjepa.train.engine_deepspeed import DeepSpeedEngine
+from fastjepa.train.ranks import Ranks, join
+from fastjepa.train.step import Jepa
+from fastjepa_kernels import ema_update
+
+Findings = dict[str, Any]
+STEPS, SPOILT = 4, 2
+MOMENTUM = 0.9
+FULL = {"dtype": torch.float32, "communication_dtype": torch.float32}
+HALF = {"dtype": torch.bfloat16, "communication_dtype": torch.float32}
+
+
+def engine(jepa: Jepa, ranks: Ranks, stage: int, **options: Any) -> DeepSpeedEngine:
+    return DeepSpeedEngine(
+        encoder=jepa.encoder, predictor=jepa.predictor, target=jepa.target, ranks=ranks,
+        device=CPU, stage=stage, weight_decay=0.1, **options,
+    )  # fmt: skip
+
+
+def error(found: list[float], wanted: list[float]) -> float:
+    """The largest relative error over the steps that count."""
+    pairs = [(f, w) for i, (f, w) in enumerate(zip(found, wanted, strict=True)) if i != SPOILT]
+    return max(abs(f - w) / abs(w) for f, w in pairs)
+
+
+def against_one_process(
+    ranks: Ranks, stage: int, *, checkpointing: bool = False, **options: Any
+) -> Findings:
+    """Steps of videos and images, clipped, one of them spoilt on the last rank alone."""
+    jepa = networks(seed=ranks.rank if stage else 0, checkpointing=checkpointing)
+    made = engine(jepa, ranks, stage, clip=0.5, **options)
+    task = {"ranks": ranks.size, "num": 2, "momentum": MOMENTUM, "spoilt": (SPOILT,)}
+    losses, norms, vetoes = train(jepa, made, steps=range(STEPS), **task)
+    state, everyone = made.state(), ranks.gather(vetoes)
+    if not ranks.first:
+        return {}
+    single = networks()
+    one = alone(single, dtype=options["dtype"], clip=0.5)
+    wanted_losses, wanted_norms, _ = train(single, one, steps=range(STEPS), **task)
+    wanted = one.state()
+    return {
+        "loss_error": error(losses, wanted_losses),
+        "norm_error": error(norms, wanted_norms),
+        "weight_error": max(
+            float((state[part][name] - tensor).abs().max())
+            for part in ("encoder", "predictor", "target_encoder")
+            for name, tensor in wanted[part].items()
+        ),
+        "vetoes": everyone,
+        "steps_counted": {float(t) for n, t in state["optimizer"].items() if n.endswith(".step")}
+        == {float(STEPS - 1)},
+    }
+
+
+def whole_target(jepa: Jepa, stage: int) -> dict[str, Tensor]:
+    """The target's working weights as its forward sees them."""
+    import deepspeed
+
+    parameters = list(jepa.target.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+        return {n: p.detach().clone().float() for n, p in jepa.target.named_parameters()}
+
+
+def against_a_full_ema(ranks: Ranks, stage: int, **options: Any) -> Findings:
+    """The shards put together beside an average of all weights in one piece, step by step."""
+    jepa = networks()
+    made = engine(jepa, ranks, stage, **options)
+    full = made.state().get("target_encoder", {})
+    equal = published = True
+    for step in range(STEPS):
+        spoilt = (step,) if step == SPOILT else ()
+        _, _, (veto,) = train(
+            jepa, made, ranks=ranks.size, steps=range(step, step + 1), momentum=MOMENTUM,
+            spoilt=spoilt,
+        )  # fmt: skip
+        state = made.state()
+        if ranks.first and not veto:
+            ema_update(list(full.values()), list(state["encoder"].values()), MOMENTUM)
+        whole = [{n: t.to(options["dtype"]).float() for n, t in full.items()}]
+        dist.broadcast_object_list(whole)
+        if stage < 3:
+            made._layout.wait()
+        seen = whole_target(jepa, stage)
+        published &= all(torch.equal(seen[name], whole[0][name]) for name in seen)
+        if ranks.first:
+            found = state["target_encoder"]
+            equal &= all(torch.equal(found[name], tensor) for name, tensor in full.items())
+    return {"equal": equal, "published": ranks.gather(published)}
+
+
+def resumed_elsewhere(ranks: Ranks, stage: int, other: int) -> Findings:
+    """Half of the steps at one stage, the other half at another, from the first one's state."""
+    jepa = networks()
+    made = engine(jepa, ranks, stage, **FULL)
+    watch = guard()
+    first = train(jepa, made, ranks=ranks.size, steps=range(2), watch=watch)
+    states = [made.state()]
+    dist.broadcast_object_list(states)
+    straight = train(jepa, made, ranks=ranks.size, steps=range(2, 4), watch=watch)
+    again = networks(seed=1)
+    second = engine(again, ranks, other, **FULL)
+    second.load(states[0], "the other stage")
+    cut = train(again, second, ranks=ranks.size, steps=range(2, 4))
+    return {"first": first[0], "straight": straight[0], "cut": cut[0]}
+
+
+def jumps(ranks: Ranks) -> Findings:
+    """A loss that is large on one rank only jumps on all or on none."""
+    jepa = networks()
+    made = engine(jepa, ranks, 2, **FULL)
+    watch = guard(sigma=4.0)
+    train(jepa, made, ranks=ranks.size, steps=range(4), watch=watch)
+    before = made.state()
+    if ranks.rank == ranks.size - 1:
+        with torch.no_grad():
+            jepa.predictor.predictor_proj.bias += 100.0
+    _, _, vetoes = train(jepa, made, ranks=ranks.size, steps=range(4, 5), watch=watch)
+    after = made.state()
+    same = all(
+        torch.equal(before[part][name], tensor)
+        for part in after
+        for name, tensor in after[part].items()
+    )
+    return {"vetoes": ranks.gather(vetoes), "unchanged": same}
+
+
+def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
+    """By name; more of them where a step is cheap."""
+    made: dict[str, Callable[[Ranks], Findings]] = {}
+    for stage in range(4):
+        if size == 4 and stage == 0:
+            continue
+        made[f"full/{stage}"] = lambda r, s=stage: against_one_process(r, s, **FULL)  # type: ignore[misc]
+        if size == 2:
+            made[f"half/{stage}"] = lambda r, s=stage: against_one_process(r, s, **HALF)  # type: ignore[misc]
+        made[f"ema/{stage}"] = lambda r, s=stage: against_a_full_ema(r, s, **HALF)  # type: ignore[misc]
+    if size == 2:
+        for stage in (1, 2, 3):
+            made[f"offload/{stage}"] = lambda r, s=stage: against_one_process(  # type: ignore[misc]
+                r, s, offload=True, **FULL
+            )
+        made["checkpointing/3"] = lambda r: against_one_process(r, 3, checkpointing=True, **FULL)
+        made["resumed/1"] = lambda r: resumed_elsewhere(r, 1, 3)
+        made["resumed/3"] = lambda r: resumed_elsewhere(r, 3, 0)
+        made["jumps"] = jumps
+    return made
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with join(CPU, timeout=300, alone=True) as ranks:
+        findings = {name: case(ranks) for name, case in cases(ranks.size).items()}
+        if ranks.first:
+            Path(sys.argv[1]).write_text(json.dumps(findings, indent=1))
