@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+import fastjepa
 from fastjepa.checkpoint import claim_run_folder
 from fastjepa.checkpoint.durable import write_text
+from fastjepa.config.key_ledger import flat_keys
 from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import MaskGroup, Recipe, Source
@@ -31,10 +33,12 @@ from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
-from fastjepa.train.engine import TorchEngine
+from fastjepa.train.engine import Engine, TorchEngine
+from fastjepa.train.engine_deepspeed import DeepSpeedEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.loop import Trainer
 from fastjepa.train.plan import StepPlan
+from fastjepa.train.ranks import ALONE, Ranks, RanksError
 from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
 
@@ -43,12 +47,14 @@ _BAD_FILES_SAID = 10
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build(recipe: Recipe, console: Console | None = None) -> Trainer:
+def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) -> Trainer:
     """A trainer ready to run, resumed from the run folder's newest checkpoint if it has one.
 
-    Raises RecipeError, ManifestError, CheckpointError (all ValueErrors) before any work is lost.
+    On many ranks, joined, each builds its own. Raises RecipeError, ManifestError, CheckpointError,
+    RanksError (all ValueErrors) before any work is lost.
     """
     console = console or Console()
+    _check_ranks(recipe, ranks)
     resolved = resolve(recipe)
     for note in resolved.notes:
         console.say(f"note: {note}")
@@ -58,28 +64,21 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
     streams = resolved.streams
     datasets = {s.modality: _datasets(recipe, s.modality) for s in streams.values()}
     loaders = {
-        name: _loader(recipe, stream, datasets[stream.modality], device)
+        name: _loader(recipe, stream, datasets[stream.modality], device, ranks)
         for name, stream in streams.items()
     }
     # Clips of all lengths come from the same files.
     num_files = {streams[name].modality: loader.num_files for name, loader in loaders.items()}
-    _claim(recipe, resolved, console)
+    if ranks.first:
+        _claim(recipe, resolved, console)
     manifests = [files for named in datasets.values() for files, _ in named]
-    quarantine = _quarantine(recipe, manifests, sum(num_files.values()), console)
+    quarantine = _quarantine(recipe, manifests, sum(num_files.values()), console, ranks)
 
     torch.manual_seed(recipe.run.seed)
-    jepa = build_jepa(recipe, resolved, device)
-    engine = TorchEngine(
-        encoder=jepa.encoder,
-        predictor=jepa.predictor,
-        target=jepa.target,
-        dtype=DTYPES[recipe.engine.dtype],
-        weight_decay=recipe.optim.weight_decay,
-        betas=recipe.optim.betas,
-        eps=recipe.optim.eps,
-        clip=recipe.optim.clip,
-        in_turn={"auto": None, "packed": False, "in_turn": True}[recipe.engine.mask_groups],
-    )
+    sharded = recipe.engine.kind == "deepspeed"
+    # DeepSpeed moves the networks itself, once they are in the working precision.
+    jepa = build_jepa(recipe, resolved, torch.device("cpu") if sharded else device)
+    engine = _engine(recipe, jepa, device, ranks)
     guard = LossGuard(
         sigma=recipe.guard.sigma,
         window=recipe.guard.window,
@@ -88,7 +87,11 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
     )
     folder = recipe.run.folder
     checkpoint = resume(folder, engine, guard)
-    samples_per_step = {n: s.clips * recipe.optim.accumulate for n, s in streams.items()}
+    samples_per_step = {
+        name: stream.clips * recipe.optim.accumulate * ranks.size
+        for name, stream in streams.items()
+    }
+    ranks.check_same({"the newest checkpoint": "none" if checkpoint is None else checkpoint.step})
     if checkpoint is not None:
         check_samples(checkpoint, samples_per_step)
         console.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
@@ -116,6 +119,44 @@ def build(recipe: Recipe, console: Console | None = None) -> Trainer:
         max_skips=recipe.guard.max_skips,
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
+    )
+
+
+def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
+    """All ranks must have the same recipe and the same versions, and an engine for many."""
+    versions = {"fastjepa": fastjepa.__version__, "torch": torch.__version__}
+    if recipe.engine.kind == "torch" and ranks.size > 1:
+        raise RanksError(
+            f"engine.kind: torch is one process, {ranks.size} ranks were started; "
+            "engine.kind=deepspeed trains on them"
+        )
+    ranks.check_same(versions | dict(flat_keys(recipe.model_dump(mode="json"))))
+
+
+def _engine(recipe: Recipe, jepa: Jepa, device: torch.device, ranks: Ranks) -> Engine:
+    own = recipe.engine
+    shared: dict[str, Any] = {
+        "encoder": jepa.encoder,
+        "predictor": jepa.predictor,
+        "target": jepa.target,
+        "dtype": DTYPES[own.dtype],
+        "weight_decay": recipe.optim.weight_decay,
+        "betas": recipe.optim.betas,
+        "eps": recipe.optim.eps,
+        "clip": recipe.optim.clip,
+    }
+    if own.kind == "torch":
+        in_turn = {"auto": None, "packed": False, "in_turn": True}[own.mask_groups]
+        return TorchEngine(**shared, in_turn=in_turn)
+    travels = own.communication_dtype
+    return DeepSpeedEngine(
+        **shared,
+        ranks=ranks,
+        device=device,
+        stage=own.zero_stage,
+        communication_dtype=None if travels is None else DTYPES[travels],
+        offload=own.offload,
+        adamw=own.adamw,
     )
 
 
@@ -180,8 +221,8 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
     return Jepa(encoder, predictor, target, objective, levels, levels)
 
 
-def mask_maker(recipe: Recipe, stream: Stream) -> MaskMaker:
-    """The masks of one stream's batches."""
+def mask_maker(recipe: Recipe, stream: Stream, rank: int = 0) -> MaskMaker:
+    """The masks of one stream's batches on a rank."""
     groups: tuple[MaskGroup, ...] = getattr(recipe.masks, stream.modality)
     return MaskMaker(
         groups=tuple(Blocks(**group.model_dump()) for group in groups),
@@ -189,6 +230,7 @@ def mask_maker(recipe: Recipe, stream: Stream) -> MaskMaker:
         batch=stream.clips,
         seed=recipe.run.seed,
         stream=stream.number,
+        rank=rank,
         weigh=recipe.objective.dense and recipe.objective.distance_weights,
         offset=recipe.objective.offset,
     )
@@ -210,6 +252,7 @@ def _loader(
     stream: Stream,
     datasets: list[tuple[Files, float]],
     device: torch.device,
+    ranks: Ranks,
 ) -> Loader:
     data = recipe.data
     dali = _dali(recipe, device)
@@ -225,10 +268,12 @@ def _loader(
         flip=data.augment.flip,
         seed=recipe.run.seed,
         stream=stream.number,
+        rank=ranks.rank,
+        ranks=ranks.size,
         workers=data.workers,
         prefetch=data.prefetch,
         max_bad_share=data.max_bad_share,
-        extras=mask_maker(recipe, stream),
+        extras=mask_maker(recipe, stream, ranks.rank),
         pin_memory=device.type == "cuda" and dali is None,
         device_decoder=dali,
     )
@@ -248,12 +293,12 @@ def _dali(recipe: Recipe, device: torch.device) -> DaliDecoder | None:
 
 
 def _quarantine(
-    recipe: Recipe, manifests: Iterable[Files], num_files: int, console: Console
+    recipe: Recipe, manifests: Iterable[Files], num_files: int, console: Console, ranks: Ranks
 ) -> Quarantine:
     """The run's bad files so far, with those that an index or a broken shard gave at the start."""
     known = {path: reason for files in manifests for path, reason in files.bad}
     quarantine = Quarantine(
-        recipe.run.folder / "quarantine.jsonl",
+        recipe.run.folder / "quarantine.jsonl" if ranks.first else None,
         recipe.data.max_bad_share,
         num_files + len(known),
     )

@@ -32,17 +32,39 @@ Overrides = Annotated[
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="ranks to start on this machine, one for each GPU")
+    ] = None,
+) -> None:
     """Pretrain; goes on by itself from the run folder's newest checkpoint."""
-    from fastjepa.build import build
+    from fastjepa.build import build, device_of
     from fastjepa.config.load import load_recipe
     from fastjepa.observe.console import Console
+    from fastjepa.train.ranks import join
     from fastjepa.train.signals import stop_on_signals
 
     chosen = load_recipe(recipe, overrides or [])
-    console = Console()
-    with stop_on_signals() as stop:
-        trainer = build(chosen, console)
+    own = chosen.engine
+    if nproc is not None:
+        from fastjepa.launch import launch
+
+        if own.kind == "torch" and nproc > 1:
+            raise ValueError(
+                f"--nproc {nproc}: engine.kind torch is one process; "
+                "engine.kind=deepspeed trains on many"
+            )
+        raise typer.Exit(launch(["train", str(recipe), *(overrides or [])], ranks=nproc))
+    sharded = own.kind == "deepspeed"
+    with (
+        stop_on_signals() as stop,
+        join(device_of(own.device), timeout=own.timeout, alone=sharded) as ranks,
+        open(os.devnull, "w") as nowhere,
+    ):
+        console = Console(None if ranks.first else nowhere)
+        trainer = build(chosen, console, ranks)
         if trainer.step >= trainer.plan.steps:
             console.say(
                 f"{trainer.folder} holds all {trainer.plan.steps} steps of this recipe already; "
@@ -51,21 +73,23 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
             finished = True
         else:
             finished = trainer.run(stop)
-    again = " ".join([_program(), "train", str(recipe), *(overrides or [])])
-    if not finished:
-        console.say(f"stopped by {stop.name} after step {trainer.step}, saved; to go on: {again}")
-        return
-    if chosen.observe.pictures:
-        from fastjepa.pictures import draw
+        again = " ".join([_program(), "train", str(recipe), *(overrides or [])])
+        if not finished:
+            console.say(
+                f"stopped by {stop.name} after step {trainer.step}, saved; to go on: {again}"
+            )
+            return
+        if chosen.observe.pictures:
+            from fastjepa.pictures import draw
 
-        for path, about in draw(trainer):
-            console.say(f"{path}: {about}")
-    folder = trainer.folder
-    console.say(f"{folder}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/latest")
-    console.say(f"next: {_program()} features {folder} YOUR_VIDEOS --out features")
-    console.say(
-        f"      {_program()} train {recipe} run.folder=runs/mine data.video=FOLDER_OF_VIDEOS"
-    )
+            for path, about in draw(trainer):
+                console.say(f"{path}: {about}")
+        folder = trainer.folder
+        console.say(f"{folder}: recipe.yaml, metrics.jsonl, tensorboard/, checkpoints/latest")
+        console.say(f"next: {_program()} features {folder} YOUR_VIDEOS --out features")
+        console.say(
+            f"      {_program()} train {recipe} run.folder=runs/mine data.video=FOLDER_OF_VIDEOS"
+        )
 
 
 @app.command()
@@ -255,12 +279,21 @@ def _program() -> str:
     return "python -m fastjepa.cli" if called.suffix == ".py" else os.path.relpath(called)
 
 
+def _said_by_all(error: Exception) -> bool:
+    from fastjepa.train.ranks import RanksError
+
+    return isinstance(error, RanksError)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a command; ValueError and OSError end it with their message and exit code 2."""
     try:
         app(argv)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if not rank or not _said_by_all(error):
+            where = f"rank {rank}: " if rank else ""
+            print(f"{where}error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -28,6 +28,9 @@ _FREE_KEYS = frozenset(
         "data.prefetch",
         "engine.threads",
         "optim.accumulate",
+        "engine.zero_stage",
+        "engine.offload",
+        "engine.timeout",
     }
 )
 _FREE_SECTIONS = ("observe.",)

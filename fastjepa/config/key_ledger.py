@@ -34,7 +34,7 @@ class KeyLedger:
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
-        self.values = dict(_flat(read_yaml(path)))
+        self.values = dict(flat_keys(read_yaml(path)))
         self._tree: dict[str, Any] = {}
         self._reports: dict[str, KeyReport] = {}
         self._origin: dict[str, str] = {}
@@ -113,12 +113,12 @@ class KeyLedger:
         return RecipeError(f"{self.path}: {key}: {found}, {fits}")
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_keys(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys to scalars and lists of scalars; lists of mappings by index."""
     for name, value in tree.items():
         if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
             value = dict(enumerate(value))
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat_keys(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -271,11 +271,31 @@ class Train(Section):
 
 
 class Engine(Section):
-    kind: Literal["torch"] = "torch"
+    """`torch` is one process, `deepspeed` one or many ranks; the keys from `zero_stage` on are its.
+
+    `timeout` in seconds is how long ranks wait for one another.
+    """
+
+    kind: Literal["torch", "deepspeed"] = "torch"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threads: Positive | None = None
     mask_groups: Literal["auto", "packed", "in_turn"] = "auto"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    communication_dtype: Literal["float32", "bfloat16"] | None = None
+    offload: bool = False
+    adamw: Literal["torch", "deepspeed", "apex"] = "torch"
+    timeout: Positive = 600
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Engine":
+        if self.kind == "deepspeed" and self.mask_groups == "in_turn":
+            raise ValueError("mask_groups: in_turn is for kind torch; DeepSpeed's backward is one")
+        if self.kind == "torch" and (self.offload or self.adamw != "torch"):
+            raise ValueError("offload and adamw are for kind deepspeed")
+        if self.offload and self.zero_stage == 0:
+            raise ValueError("offload: true needs zero_stage 1, 2 or 3, which shard what it moves")
+        return self
 
 
 class Observe(Section):

@@ -5,7 +5,8 @@ Resuming needs only the step: the plan gives the place in the data, the loaders 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from fastjepa.data.augment import normalise
 from fastjepa.data.batch import Batch, BatchSource
-from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
+from fastjepa.data.quarantine import BadFile, Quarantine, TooManyBadFiles
 from fastjepa.masking.batch import Masks
 from fastjepa.objective.diagnosis import HealthWatch
 from fastjepa.observe.console import Console
@@ -24,19 +25,24 @@ from fastjepa.observe.throughput import Throughput
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.plan import StepPlan
+from fastjepa.train.ranks import RanksError
 from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
 from fastjepa.train.signals import StopRequest
 from fastjepa.train.state import save
 from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
 
 
-class RunStoppedError(ValueError):
+class RunStoppedError(RanksError):
     """The run cannot go on: too many skipped steps in a row."""
 
 
 @dataclass
 class Trainer:
-    """Everything a run needs, wired by build.py; `run` goes from `step` to the plan's end."""
+    """Everything a run needs, wired by build.py; `run` goes from `step` to the plan's end.
+
+    On many ranks each has its own, with loaders of its share of the samples: they stop after the
+    same step, meet the same bad files, and the first one writes.
+    """
 
     jepa: Jepa
     engine: Engine
@@ -54,10 +60,11 @@ class Trainer:
     max_skips: int
     step: int = 0
     wandb_project: str | None = None
+    _bad: list[BadFile] = field(default_factory=list)
 
     def run(self, stop: StopRequest) -> bool:
-        """Train until the plan's end (True) or until a signal asks to stop (False), saved either
-        way.
+        """Train until the plan's end (True) or until a signal asks any rank to stop (False), saved
+        either way.
 
         Raises TooManyBadFiles, WorkerDiedError, CheckpointError, or RunStoppedError; the last
         checkpoint stands then.
@@ -73,16 +80,22 @@ class Trainer:
             for stream, loader in self.loaders.items()
         }
         saved = self.step
-        with Sinks.open(self.folder, self.step, wandb_project=self.wandb_project) as sinks:
+        with ExitStack() as stack:
+            sinks = None
+            if self.engine.ranks.first:
+                opened = Sinks.open(self.folder, self.step, wandb_project=self.wandb_project)
+                sinks = stack.enter_context(opened)
             self.console.start(self.plan.steps, self.step)
             try:
-                while self.step < self.plan.steps and stop.name is None:
+                while self.step < self.plan.steps and not self._asked_to_stop(stop):
                     logged = (self.step + 1) % self.log_every == 0 or self.step == 0
                     report = self._train_step(batches, meter, logged)
                     self.step += 1
+                    self._share_bad_files()
                     if logged or self.step == self.plan.steps:
                         metrics = self._metrics(report, probe, meter)
-                        sinks.write(metrics)
+                        if sinks is not None:
+                            sinks.write(metrics)
                         self.console.update(metrics)
                         for warning in watch.update(metrics):
                             self.console.warn(warning)
@@ -116,7 +129,8 @@ class Trainer:
 
         def micro_batches() -> Iterator[MicroBatch]:
             nonlocal clips, tokens
-            for draw in self.plan.draws(self.step):
+            draws = self.plan.draws(self.step)
+            for number, draw in enumerate(draws, start=1):
                 with meter.waiting():
                     batch = self._noted(partial(next, batches[draw.stream]))
                 assert isinstance(batch.extras, Masks)
@@ -128,6 +142,7 @@ class Trainer:
                     masks=batch.extras.to(device),
                     share=draw.share,
                     context_weight=self.plan.context_weight(self.step, draw.stream),
+                    last=number == len(draws),
                 )
 
         report = train_step(
@@ -135,20 +150,40 @@ class Trainer:
             step=self.step, lr=self.plan.lr(self.step), weight_decay=self.plan.decay(self.step),
             momentum=self.plan.momentum(self.step), norms_by_part=norms,
         )  # fmt: skip
-        meter.step(clips=clips, tokens=tokens)
+        ranks = self.engine.ranks.size
+        meter.step(clips=clips * ranks, tokens=tokens * ranks)
         return report
 
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether a signal has come to any rank; `stop` then names it on all of them."""
+        ranks = self.engine.ranks
+        asked = ranks.any_on_host(stop.name is not None)
+        if asked:
+            stop.name = next(name for name in ranks.gather(stop.name) if name is not None)
+        return asked
+
     def _noted(self, make: Callable[[], Batch]) -> Batch:
-        """A batch, its bad files put into quarantine, also when there were too many to make one."""
+        """A batch, its bad files noted, also when there were too many to make one."""
         try:
             batch = make()
         except TooManyBadFiles as error:
-            self._note(error.bad)
+            self._quarantine(error.bad)
             raise
-        self._note(batch.bad)
+        if self.engine.ranks.size == 1:
+            self._quarantine(batch.bad)
+        else:
+            self._bad += batch.bad
         return batch
 
-    def _note(self, bad: list[tuple[str, str]]) -> None:
+    def _share_bad_files(self) -> None:
+        """Put what any rank met into everyone's quarantine, so that all stop at too many."""
+        ranks = self.engine.ranks
+        if ranks.any_on_host(bool(self._bad)):
+            for bad in ranks.gather(self._bad):
+                self._quarantine(bad)
+            self._bad = []
+
+    def _quarantine(self, bad: list[BadFile]) -> None:
         for path, reason in self.quarantine.add(bad):
             self.console.warn(f"skipped {path}: {reason} ({len(self.quarantine)} bad so far)")
 
@@ -159,7 +194,13 @@ class Trainer:
         if len(self.loaders) > 1:
             found |= stream_losses(report, draws)
         found |= probe.metrics() | {"skipped": self.guard.skipped}
-        metrics = on_host(found) | meter.read()
+        ranks = self.engine.ranks
+        metrics = on_host(found, ranks) | meter.read()
+        # Every rank waits for the one that waits longest for its data.
+        waits = ranks.gather(metrics.get("data_wait", 0.0))
+        memory = max(ranks.gather(read_memory(self.engine.device).main))
+        if ranks.size > 1:
+            metrics |= {"data_wait": max(waits), "slowest_rank": waits.index(max(waits))}
         total = sum(draw.share for draw in draws)
         weight = sum(d.share * self.plan.context_weight(done, d.stream) for d in draws) / total
         return metrics | {
@@ -169,7 +210,7 @@ class Trainer:
             "weight_decay": self.plan.decay(done),
             "ema_momentum": self.plan.momentum(done),
             "image_share": sum(d.share for d in draws if d.stream == "image") / total,
-            "memory_gib": read_memory(self.engine.device).main,
+            "memory_gib": memory,
         }
 
     def _check_skips(self, metrics: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without the
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,15 @@ T = TypeVar("T")
 
 
 class RanksError(ValueError):
-    """The ranks cannot work together; every rank raises it, so one of them need print it."""
+    """Every rank raises it, so that the first one alone need print it."""
+
+
+class LostRankError(ValueError):
+    """Another rank did not come, or went away; those that are left raise it."""
+
+
+# What gloo says when a peer is gone, in errors that have no type of their own.
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "timed out", "Timed out", "timeout")
 
 
 @dataclass(frozen=True)
@@ -74,16 +82,20 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
 
-    def check_same(self, **facts: str) -> None:
+    def check_same(self, facts: Mapping[str, object]) -> None:
         """Raises RanksError on every rank, naming the first fact that is not the same on all."""
-        told = self.gather(facts)
-        for name, first in told[0].items():
-            for rank, other in enumerate(told):
-                if other[name] != first:
+        told = self.gather(dict(facts))
+        for rank, other in enumerate(told):
+            for name in told[0] | other:
+                first, here = told[0].get(name, "absent"), other.get(name, "absent")
+                if first != here:
                     raise RanksError(
-                        f"ranks: {name} is {first} on rank 0 and {other[name]} on rank {rank}; "
+                        f"ranks: {name} is {first} on rank 0 and {here} on rank {rank}; "
                         "expected the same on all"
                     )
+
+
+ALONE = Ranks()
 
 
 @contextmanager
@@ -91,8 +103,8 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
     """The ranks that the launcher started, joined; they part at the end of the block.
 
     `timeout` in seconds is how long a rank waits for another, at the start and in a step. With
-    `alone` a process group is made for one rank too (DeepSpeed wants one). Raises RanksError when
-    the ranks do not find each other in time, ValueError for an environment that is none.
+    `alone` a process group is made for one rank too (DeepSpeed wants one). Raises LostRankError
+    when the ranks do not meet in time or one goes away, ValueError for an environment that is none.
     """
     size = _number("WORLD_SIZE", 1)
     ranks = Ranks(_number("RANK", 0), size)
@@ -112,15 +124,26 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
             store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
         )  # fmt: skip
     except (dist.DistError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise RanksError(
-            f"ranks: {size} ranks did not meet at {where} within {timeout:g} s (engine.timeout), "
-            f"seen from rank {ranks.rank}: {reason}"
+        raise LostRankError(
+            f"ranks: {size} ranks did not meet at {where} within {timeout:g} s (engine.timeout): "
+            f"{_first_line(error)}"
         ) from error
     try:
         yield ranks
+    except RuntimeError as error:
+        if size == 1 or not any(word in str(error) for word in _GONE):
+            raise
+        raise LostRankError(
+            "ranks: another rank went away, or did not answer within "
+            f"{timeout:g} s (engine.timeout): {_first_line(error)}; "
+            "the last checkpoint stands, and the same command goes on from it"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _number(name: str, default: int) -> int:

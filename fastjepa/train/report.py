@@ -9,6 +9,7 @@ from torch import Tensor
 from fastjepa.objective.health import effective_rank, feature_std, target_drift
 from fastjepa.train.engine import Engine
 from fastjepa.train.plan import Draw
+from fastjepa.train.ranks import Ranks
 from fastjepa.train.step import Jepa, StepReport
 
 
@@ -74,16 +75,18 @@ class Probe:
         found: list[list[Tensor]] = []
 
         def run() -> None:
-            found.append(self._jepa.encoder(self._clip, levels=self._jepa.levels))
             found.append(self._jepa.target(self._clip, levels=self._jepa.target_levels))
+            found.append(self._jepa.encoder(self._clip, levels=self._jepa.levels))
 
         self._engine.measure(run)
-        return found[0], found[1]
+        targets, features = found
+        return features, targets
 
 
-def on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """All values as floats, waiting for the device once."""
+def on_host(metrics: Mapping[str, Tensor | float], ranks: Ranks) -> dict[str, float]:
+    """All values as floats, tensors as the ranks' means, waiting for the device once."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-    values = torch.stack([t.detach().double() for t in tensors.values()]).tolist()
+    stacked = torch.stack([t.detach().double() for t in tensors.values()])
+    values = ranks.mean(stacked).tolist()
     plain = {name: float(v) for name, v in metrics.items() if not isinstance(v, Tensor)}
     return plain | dict(zip(tensors, values, strict=True))

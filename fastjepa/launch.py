@@ -1,0 +1,55 @@
+"""Ranks on one machine: the same command once for each, through torch's elastic launcher.
+
+    code = launch(["train", "configs/demo.yaml"], ranks=2)
+
+What they print goes where this process prints. A port is chosen that is free. When one rank ends
+with an error the others are ended, and a signal is handed on to all.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from fastjepa.train.ranks import LostRankError
+
+# A rank that was sent a signal saves its checkpoint in this time, in seconds; then it is killed.
+GRACE = 300
+
+
+def launch(arguments: Sequence[str], *, ranks: int) -> int:
+    """Run `fastjepa ARGUMENTS` on `ranks` processes; the exit code of the one that failed, or 0.
+
+    Raises LostRankError when a rank was killed.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # It tells in many lines what the rank itself, or we below, say in one.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=GRACE,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "fastjepa.cli", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode  # and the rank has said why
+        raise LostRankError(
+            f"ranks: rank {rank} was killed by signal {-failure.exitcode}; the others were ended; "
+            "the last checkpoint stands, and the same command goes on from it"
+        ) from error
+    except SignalException as error:
+        # The ranks have saved and said so.
+        return 0 if error.sigval in (signal.SIGTERM, signal.SIGINT) else 1
+    return 0

