@@ -14,6 +14,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from fastjepa.config.load import load_recipe
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
@@ -175,16 +177,28 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("override", "told"),
     [
-        (["engine.kind=torch", "--nproc", "2"], "--nproc 2: engine.kind torch is one process"),
-        (["engine.mask_groups=in_turn"], "in_turn is for kind torch"),
-        (["engine.offload=true", "engine.zero_stage=0"], "true needs zero_stage 1, 2 or 3"),
-        (["engine.adamw=apex"], "engine.adamw: apex cannot be imported"),
+        ("engine.mask_groups=in_turn", "in_turn is for kind torch"),
+        ("engine.zero_stage=0", "true needs zero_stage 1, 2 or 3"),
+        ("engine.kind=torch", "offload and adamw are for kind deepspeed"),
     ],
 )
-def test_what_cannot_be_is_told(tmp_path: Path, overrides: list[str], told: str) -> None:
-    code, out = finish(start("fastjepa.cli", "train", str(recipe(tmp_path / "run")), *overrides))
+def test_keys_that_do_not_go_together_are_told(tmp_path: Path, override: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        load_recipe(recipe(tmp_path / "run"), ["engine.offload=true", override])
+
+
+def test_one_process_is_not_started_twice(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "run")
+    code, out = finish(train(path, "engine.kind=torch", nproc=2))
+    assert (code, out.count("\n")) == (2, 1)
+    assert "--nproc 2: engine.kind torch is one process" in out
+
+
+def test_an_adamw_that_is_not_installed_is_told(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "run")
+    code, out = finish(start("fastjepa.cli", "train", str(path), "engine.adamw=apex"))
     assert code == 2
-    assert told in out
+    assert "engine.adamw: apex cannot be imported" in out
     assert "Traceback" not in out
