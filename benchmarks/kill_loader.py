@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 import torch
 
+from fastjepa.data.files import Entry
 from fastjepa.data.loader import Loader, WorkerDiedError
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.numbered import write_numbered
@@ -49,8 +50,10 @@ def masks(step: int) -> list[int]:
 
 def train(folder: str, phase: str) -> None:
     """Be the trainer: draw batches for ever, or close the loader after some."""
+    # A list of files that is longer than a pipe holds, of which only the real ones are drawn.
+    absent = [Entry(f"/absent/{number:06}.mp4", "video", 0.0) for number in range(20_000)]
     loader = Loader(
-        datasets=[(read_manifest(folder), 1.0)], batch=2, frames=4, fps=4.0, crop=32,
+        datasets=[([*read_manifest(folder), *absent], 1.0)], batch=2, frames=4, fps=4.0, crop=32,
         scale=(0.3, 1.0), aspect=(0.75, 1.35), flip=0.5, seed=0, workers=2, extras=masks,
     )  # fmt: skip
     print("starting", flush=True)

@@ -21,10 +21,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from inspect import GEN_CLOSED, getgeneratorstate
+from mmap import ACCESS_READ, mmap
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import DupFd
 from multiprocessing.util import Finalize
+from tempfile import TemporaryFile
 from typing import Any, cast
 
 import torch
@@ -211,10 +214,31 @@ class _Answers:
     common pipe. A longer message could be cut in two by a kill, and the trainer would wait for its
     other half for ever. A complaint about bad files is an answer too; raised in the worker, it
     would arrive buried in a traceback.
+
+    The source itself goes to a starting worker in an unnamed file: a long list of files would not
+    fit into the pipe that it starts with, and the trainer would wait for ever for a worker that was
+    killed before it read on.
     """
 
     def __init__(self, source: ClipSource) -> None:
         self._source = source
+        self._file = TemporaryFile()  # noqa: SIM115 (open as long as workers may start)
+        pickle.dump(source, self._file)
+        self._file.flush()
+
+    def __reduce__(self) -> tuple[Callable[..., "_Answers"], tuple[Any]]:
+        return _Answers._opened, (DupFd(self._file.fileno()),)
+
+    @classmethod
+    def _opened(cls, descriptor: Any) -> "_Answers":
+        answers = cls.__new__(cls)
+        # Workers share the file's position, so it is not read but mapped.
+        with (
+            open(descriptor.detach(), "rb") as file,
+            mmap(file.fileno(), 0, access=ACCESS_READ) as mapped,
+        ):
+            answers._source = pickle.loads(mapped)
+        return answers
 
     def __getitem__(self, step: int) -> list[Tensor]:
         try:
