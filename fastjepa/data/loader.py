@@ -33,6 +33,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from fastjepa.data.batch import Batch, DeviceDecoder
 from fastjepa.data.clip_source import ClipSource
@@ -309,20 +310,20 @@ def _leave() -> None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Start workers in here: they inherit blocked signals, and torch's SIGCHLD handler is undone.
+    """Start workers in here: they inherit blocked signals, and torch sets no SIGCHLD handler.
 
-    That handler would raise a worker's death in the middle of a training step or a checkpoint;
-    without it the death shows where the next batch is asked for.
+    That handler would raise a worker's death in the middle of a training step, a checkpoint or the
+    start itself; without it the death shows where the next batch is asked for.
     """
     resource_tracker.ensure_running()  # its first start would unblock the signals held back here
-    before = signal.getsignal(signal.SIGCHLD)
+    there_already = signal_handling._SIGCHLD_handler_set
+    signal_handling._SIGCHLD_handler_set = True
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINER_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
+        signal_handling._SIGCHLD_handler_set = there_already
 
 
 def _check(**positive: float) -> None:
