@@ -274,7 +274,7 @@ def _loader(
         prefetch=data.prefetch,
         max_bad_share=data.max_bad_share,
         extras=mask_maker(recipe, stream, ranks.rank),
-        pin_memory=device.type == "cuda" and dali is None,
+        pin_memory=data.pin_memory and device.type == "cuda" and dali is None,
         device_decoder=dali,
     )
 

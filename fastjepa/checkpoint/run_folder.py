@@ -26,6 +26,7 @@ _FREE_KEYS = frozenset(
         "train.keep_checkpoints",
         "data.workers",
         "data.prefetch",
+        "data.pin_memory",
         "engine.threads",
         "optim.accumulate",
         "engine.zero_stage",

@@ -149,6 +149,7 @@ class Data(Section):
     decoder: Literal["auto", "pyav", "dali", "dali_cpu"] = "auto"
     workers: Annotated[int, Field(ge=0)] = 8
     prefetch: Positive = 4
+    pin_memory: bool = True
     max_bad_share: Share = 0.5
     cache: MediaCache = MediaCache()
     augment: Augment = Augment()

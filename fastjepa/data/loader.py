@@ -15,7 +15,6 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager

@@ -10,7 +10,8 @@ from fastjepa.checkpoint import CheckpointError, check_writable, claim_run_folde
 RECIPE = """
 run: {folder: runs/a, seed: 0}
 model: {name: vit_tiny, levels: null, predictor: {depth: 4}}
-data: {video: [{path: a.csv, weight: 1.0}], workers: 2, prefetch: 4}
+data: {video: [{path: a.csv, weight: 1.0}], workers: 2, prefetch: 4, pin_memory: true}
+optim: {accumulate: 1}
 objective: {ramp: {start: 15000, end: 30000}}
 train: {steps: 100, log_every: 10, checkpoint_every: 50, keep_checkpoints: 3}
 engine: {threads: null, dtype: float32}
@@ -35,6 +36,8 @@ def test_a_new_folder_is_made_and_records_the_recipe(tmp_path: Path) -> None:
         ("train.keep_checkpoints", "keep_checkpoints: 3", "keep_checkpoints: 1"),
         ("data.workers", "workers: 2", "workers: 0"),
         ("data.prefetch", "prefetch: 4", "prefetch: 1"),
+        ("data.pin_memory", "pin_memory: true", "pin_memory: false"),
+        ("optim.accumulate", "accumulate: 1", "accumulate: 2"),
         ("run.folder", "folder: runs/a", "folder: ./runs/a"),
         ("engine.threads", "threads: null", "threads: 2"),
         ("observe.wandb", "wandb: false", "wandb: true"),

@@ -28,6 +28,7 @@ def test_accumulated_losses_are_weighed_by_their_shares(write_recipe: Write) -> 
         parts = {name: row[f"loss/{name}"] for name in SHARES}
         assert row["loss"] == pytest.approx(sum(SHARES[n] * parts[n] for n in SHARES), rel=1e-5)
         assert row["image_share"] == 0.25
+        assert 0.0 <= row["data_wait"] <= 1.0
 
 
 def test_an_alternating_step_has_the_loss_of_its_stream_alone(write_recipe: Write) -> None:
