@@ -99,7 +99,7 @@ class StreamCosts:
         every_norm = len(encoder_sizes(recipe, resolved)["levels"])
         self.encoder_parameters = encoder_parameters(replace(self.encoder, levels=every_norm))
         self.predictor_parameters = predictor_parameters(self.predictor)
-        self.autocast = recipe.engine.dtype == "bfloat16"
+        self.value_bytes = 2 if recipe.engine.dtype == "bfloat16" else 4
         self._drawn: dict[tuple[int, int], list[TokenNumbers]] = {}
 
     def tokens(self, stream: Stream) -> list[TokenNumbers]:
@@ -138,7 +138,7 @@ class StreamCosts:
             Footprint(
                 state_bytes(
                     self.encoder_parameters, self.predictor_parameters,
-                    layout="torch", autocast=self.autocast,
+                    layout="torch", value_bytes=self.value_bytes,
                 ),
                 self.activations(stream, drawn, checkpointing=model.checkpointing),
             ),
@@ -157,13 +157,12 @@ class StreamCosts:
         Only layout `torch` has float32 weights, and only its engine takes mask groups in turn.
         """
         alone = layout == "torch"
-        value_bytes = 2 if self.autocast else 4
         return max(
             (
                 step_activations(
                     self.encoder, self.predictor, tokens, batch=stream.clips,
-                    value_bytes=value_bytes,
-                    stream_bytes=4 if alone else value_bytes,
+                    value_bytes=self.value_bytes,
+                    stream_bytes=4 if alone else self.value_bytes,
                     checkpointing=checkpointing,
                     scores=self.recipe.model.attention == "math",
                     in_turn=alone and self.recipe.engine.mask_groups == "in_turn",

@@ -31,7 +31,9 @@ class Grid:
 
 def tables(plan: Plan) -> list[Grid]:
     """Everything the plan says, in reading order."""
-    layouts = tuple(_CALLED[name] for name in plan.layouts)
+    layouts = tuple(
+        _CALLED[name] + (" (recipe)" if name == plan.chosen else "") for name in plan.layouts
+    )
     grids = [
         Grid("Assumed", ("", ""), tuple(_assumed(plan))),
         Grid("Step", ("", ""), tuple(_step(plan))),
@@ -148,7 +150,8 @@ _KINDS = {
     "master": "float32 master weights",
     "moments": "AdamW moments",
     "ema": "float32 EMA",
-    "target": "bf16 target",
+    "target": "working copy of the target",
+    "host": "(offloaded to the host)",
 }
 
 
@@ -156,8 +159,10 @@ def _memory(plan: Plan) -> Rows:
     layouts = list(plan.layouts.values())
     for field in fields(StateBytes):
         sizes = [getattr(layout.states, field.name) for layout in layouts]
+        if field.name == "host" and not any(sizes):
+            continue
         yield _KINDS[field.name], *(binary_size(size) if size else "-" for size in sizes)
-    yield "buckets, gathered block", *(_or_none(layout.gathered) for layout in layouts)
+    yield "buckets, gathered blocks", *(_or_none(layout.gathered) for layout in layouts)
     for number, words in enumerate(("plain blocks", "checkpointed")):
         yield (
             f"activations, {words}",
@@ -204,7 +209,7 @@ def _time(plan: Plan) -> Rows:
         return lambda one: " to ".join(dict.fromkeys((words(one.hidden), words(one.exposed))))
 
     yield row("products", lambda one: seconds(one.compute))
-    yield row("AdamW and EMA", lambda one: seconds(one.update))
+    yield row("AdamW and EMA", lambda one: seconds(one.update) if one.update else "on the host")
     yield row("communication", lambda one: seconds(one.communication))
     yield row("step", span(seconds))
     yield row("samples a second", span(lambda step: f"{plan.samples / step:,.0f}"))

@@ -20,8 +20,11 @@ from fastjepa.observe.states import LAYOUTS, Layout, StateBytes, state_bytes
 from fastjepa.planning.balance import Costs, Roles, by_ratio, by_work
 from fastjepa.planning.communication import Traffic, ring_bandwidth, step_traffic
 from fastjepa.planning.gpus import Gpu
+from fastjepa.train.engine_deepspeed import BUCKET
 
-_BF16 = 2
+# The engine's: stages that reduce one bucket while the next one fills, and the blocks that stage 3
+# has whole at one time.
+_OVERLAPPED, _LIVE_BLOCKS = ("zero2", "zero3"), 3
 # Masks are drawn for batches of at most this size; larger ones keep hardly fewer tokens.
 _LARGEST_DRAWN = 64
 # Rounds in which the batches of balanced ranks settle.
@@ -37,7 +40,6 @@ class Cluster:
 
     `mfu` is the share of the peak rate at which a step's operations run, the recompute of
     checkpointing not counted. `reserve` is the share of the memory left for workspace and gaps.
-    `bucket` is a communication bucket in values.
     """
 
     gpus: int
@@ -47,7 +49,6 @@ class Cluster:
     network: float | None = None
     mfu: float = 0.5
     reserve: float = 0.1
-    bucket: float = 2e8
 
     def __post_init__(self) -> None:
         for option, value, fits in (
@@ -57,7 +58,6 @@ class Cluster:
             ("--network", self.network, self.network is None or self.network > 0),
             ("--mfu", self.mfu, 0 < self.mfu <= 1),
             ("--reserve", self.reserve, 0 <= self.reserve < 1),
-            ("--bucket", self.bucket, self.bucket > 0),
         ):
             if not fits:
                 raise ValueError(f"{option}: {value} does not fit; see fastjepa plan --help")
@@ -121,9 +121,10 @@ class LayoutPlan:
 class Plan:
     """What `fastjepa plan` prints.
 
-    `flops` are the busiest rank's operations in a step, `recompute` those among them that
-    checkpointing repeats; `samples` are an update's over all ranks. `roles` are the reference's
-    split into image and video ranks and the balanced one, if they were asked for.
+    `chosen` is the layout of the recipe's engine. `flops` are the busiest rank's operations in a
+    step, `recompute` those among them that checkpointing repeats; `samples` are an update's over
+    all ranks. `roles` are the reference's split into image and video ranks and the balanced one, if
+    they were asked for.
     """
 
     cluster: Cluster
@@ -133,6 +134,7 @@ class Plan:
     samples: float
     steps: int
     checkpointing: bool
+    chosen: Layout
     layouts: dict[Layout, LayoutPlan]
     roles: tuple[Roles, Roles] | None
 
@@ -174,6 +176,7 @@ def make_plan(
     flops, recompute = max(_operations(work) for work in works)
     plan = Plan(
         cluster, numbers, flops, recompute, samples, resolved.steps, recipe.model.checkpointing,
+        chosen_layout(recipe),
         {
             layout: _layout(
                 costs, cluster, layout, streams, flops - recompute,
@@ -190,6 +193,13 @@ def make_plan(
             f"{cluster.mfu / plan.hardware_share:.2f}"
         )
     return plan
+
+
+def chosen_layout(recipe: Recipe) -> Layout:
+    """The layout that the recipe's engine has."""
+    if recipe.engine.kind == "torch":
+        return "torch"
+    return LAYOUTS[1 + recipe.engine.zero_stage]
 
 
 def _operations(work: Sequence[tuple[Part, float]]) -> tuple[float, float]:
@@ -210,15 +220,23 @@ def _layout(
     *,
     passes: float,
 ) -> LayoutPlan:
+    engine = costs.recipe.engine
     ranks, sizes = cluster.gpus, (costs.encoder_parameters, costs.predictor_parameters)
     trained = sum(sizes)
-    states = state_bytes(*sizes, layout=layout, ranks=ranks, autocast=costs.autocast)
+    states = state_bytes(
+        *sizes,
+        layout=layout,
+        ranks=ranks,
+        value_bytes=costs.value_bytes,
+        offload=engine.offload,
+    )
     gathered = 0
     if layout != "torch" and ranks > 1:
-        # Two buckets, one filling while the other is sent.
-        gathered = 2 * _BF16 * int(min(cluster.bucket, trained))
+        buckets = 2 if layout in _OVERLAPPED else 1
+        gathered = buckets * costs.value_bytes * min(BUCKET, trained)
     if layout == "zero3":
-        gathered += _BF16 * block_parameters(costs.encoder.width, costs.encoder.mlp_width)
+        block = block_parameters(costs.encoder.width, costs.encoder.mlp_width)
+        gathered += _LIVE_BLOCKS * costs.value_bytes * block
     room = int(cluster.usable) - states.total - gathered
     plain, checkpointed = (
         max(
@@ -235,12 +253,17 @@ def _layout(
         )
         for checkpointing in (False, True)
     )
-    traffic = step_traffic(*sizes, layout=layout, ranks=ranks, passes=passes)
+    traffic = step_traffic(
+        *sizes, layout=layout, ranks=ranks, passes=passes, value_bytes=costs.value_bytes,
+        gradient_bytes={"float32": 4, "bfloat16": 2, None: costs.value_bytes}[
+            engine.communication_dtype
+        ],
+    )  # fmt: skip
     shards = 1 if layout in ("torch", "zero0") else ranks
     update = (_ADAMW_BYTES * trained + _EMA_BYTES * sizes[0]) / shards
     timing = Timing(
         compute=model_flops / (cluster.mfu * cluster.gpu.bf16_flops),
-        update=update / cluster.gpu.memory_bandwidth,
+        update=0.0 if states.host else update / cluster.gpu.memory_bandwidth,
         communication=traffic.total / cluster.link,
     )
     return LayoutPlan(

@@ -124,9 +124,10 @@ def test_time_follows_from_the_data_sheet() -> None:
     timing = found.layouts["zero2"].timing
     assert timing is not None
     assert timing.compute == pytest.approx((found.flops - found.recompute) / (0.5 * 989e12))
-    # One micro-batch of clips and one of images: gradients twice, weights once, target once.
+    # One micro-batch of clips and one of images: gradients all-reduced twice, weights and target
+    # gathered once.
     trained = found.numbers.encoder_parameters + found.numbers.predictor_parameters
-    sent = (3 * 2 * trained + 2 * found.numbers.encoder_parameters) * 63 / 64
+    sent = (5 * 2 * trained + 2 * found.numbers.encoder_parameters) * 63 / 64
     assert timing.communication == pytest.approx(sent / 50e9)
     assert timing.exposed == pytest.approx(timing.compute + timing.communication + timing.update)
     assert timing.hidden == pytest.approx(max(timing.compute, timing.communication) + timing.update)
@@ -141,6 +142,20 @@ def test_one_process_in_torch_and_many_gpus_only_with_zero() -> None:
     assert alone.layouts["zero1"].traffic.total == alone.layouts["zero1"].gathered == 0
     assert many.layouts["torch"].timing is None
     assert "one process" in as_text(tables(many))
+
+
+def test_the_recipes_engine_is_marked_and_heard() -> None:
+    own = "engine.kind=deepspeed", "engine.zero_stage=2", "engine.dtype=bfloat16"
+    usual = plan("demo.yaml", *own)
+    assert "ZeRO 2 (recipe)" in as_text(tables(usual))
+    assert "torch (recipe)" in as_text(tables(plan("demo.yaml")))
+    wide = plan("demo.yaml", *own, "engine.communication_dtype=float32")
+    traffic, wider = (found.layouts["zero2"].traffic for found in (usual, wide))
+    assert (wider.gradients, wider.weights) == (2 * traffic.gradients, traffic.weights)
+    moved = plan("demo.yaml", *own, "engine.offload=true")
+    states, on_gpu = (found.layouts["zero2"].states for found in (usual, moved))
+    assert on_gpu.host == states.master + states.moments + states.ema
+    assert "on the host" in as_text(tables(moved))
 
 
 def test_links_and_utilisation_are_options() -> None:
@@ -163,7 +178,7 @@ def test_links_and_utilisation_are_options() -> None:
 @pytest.mark.parametrize(
     ("option", "values"),
     [("gpus", {"gpus": 0}), ("mfu", {"mfu": 1.5}), ("mfu", {"mfu": 0.0}),
-     ("reserve", {"reserve": 1.0}), ("nvlink", {"nvlink": 0.0}), ("bucket", {"bucket": -1.0}),
+     ("reserve", {"reserve": 1.0}), ("nvlink", {"nvlink": 0.0}),
      ("gpus-per-node", {"gpus_per_node": 0}), ("network", {"network": -1.0})],
 )  # fmt: skip
 def test_a_cluster_that_cannot_be_is_refused(option: str, values: dict[str, float]) -> None:

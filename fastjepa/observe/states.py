@@ -2,8 +2,9 @@
 
 `torch` is one process: everything in float32, the target among it, and bf16 copies of the weights
 where autocast makes them. `zero0` to `zero3` are DeepSpeed's ZeRO stages: weights, gradients and
-the target in bf16, and in float32 a master copy, two moments and the EMA that the target is cast
-from. A stage says which kinds are split over the ranks. docs/planning.md has the table.
+the target in the working dtype, and in float32 a master copy, two moments and the EMA that the
+target is cast from. A stage says which kinds are split over the ranks. docs/planning.md has the
+table.
 """
 
 from dataclasses import dataclass, fields
@@ -16,11 +17,14 @@ _BF16, _FLOAT32 = 2, 4
 # From which ZeRO stage on a kind is split over the ranks.
 _SPLIT_FROM = {"master": 1, "moments": 1, "ema": 1, "gradients": 2, "weights": 3, "target": 3}
 
+_OFFLOADED = ("master", "moments", "ema")
+
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Bytes on one rank by kind; `ema` is the float32 target, `target` its bf16 working copy,
-    `casts` are autocast's bf16 copies of the trained weights."""
+    """Bytes on one rank by kind; `ema` is the float32 target, `target` its working copy, `casts`
+    are autocast's bf16 copies of the trained weights. `host` are those of all that offloading moves
+    to the host's memory, and which are not counted among the kinds."""
 
     weights: int
     casts: int
@@ -29,10 +33,13 @@ class StateBytes:
     moments: int
     ema: int
     target: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Bytes on the GPU."""
+        every: list[int] = [getattr(self, field.name) for field in fields(self)]
+        return sum(every) - self.host
 
 
 def state_bytes(
@@ -41,11 +48,13 @@ def state_bytes(
     *,
     layout: Layout,
     ranks: int = 1,
-    autocast: bool = True,
+    value_bytes: int = _BF16,
+    offload: bool = False,
 ) -> StateBytes:
     """Bytes per rank for so many parameters of the encoder and the predictor.
 
-    `autocast` adds the bf16 copies to layout `torch`. Parts are rounded up: shards are padded to
+    `value_bytes` is 2 for products in bf16, which in layout `torch` are autocast's copies, and 4
+    for float32. `offload` moves ZeRO's masters, moments and EMA to the host. Shards are padded to
     one size. Raises ValueError for less than one rank.
     """
     if ranks < 1:
@@ -54,7 +63,7 @@ def state_bytes(
     if layout == "torch":
         return StateBytes(
             weights=_FLOAT32 * trained,
-            casts=_BF16 * trained if autocast else 0,
+            casts=value_bytes * trained if value_bytes < _FLOAT32 else 0,
             gradients=_FLOAT32 * trained,
             master=0,
             moments=2 * _FLOAT32 * trained,
@@ -62,16 +71,18 @@ def state_bytes(
             target=0,
         )
     whole = {
-        "weights": _BF16 * trained,
-        "gradients": _BF16 * trained,
+        "weights": value_bytes * trained,
+        "gradients": value_bytes * trained,
         "master": _FLOAT32 * trained,
         "moments": 2 * _FLOAT32 * trained,
         "ema": _FLOAT32 * encoder,
-        "target": _BF16 * encoder,
+        "target": value_bytes * encoder,
     }
     stage = int(layout[-1])
     parts = {
         kind: -(-size // ranks) if stage >= _SPLIT_FROM[kind] else size
         for kind, size in whole.items()
     }
-    return StateBytes(casts=0, **parts)
+    host = sum(parts.pop(kind) for kind in _OFFLOADED) if offload else 0
+    kept = dict.fromkeys(_OFFLOADED, 0) | parts
+    return StateBytes(casts=0, host=host, **kept)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from problem import CPU, alone, guard, networks, train
+from sent import Sent
 from torch import Tensor
 from torch import distributed as dist
 
@@ -138,6 +139,21 @@ def jumps(ranks: Ranks) -> Findings:
     return {"vetoes": ranks.gather(vetoes), "unchanged": same}
 
 
+def sent_in_a_step(ranks: Ranks, stage: int) -> Findings:
+    """Bytes that a rank sends in a step of one and of two micro-batches, in bfloat16."""
+    found: Findings = {}
+    for num in (1, 2):
+        jepa = networks(checkpointing=True)
+        sizes = [sum(p.numel() for p in net.parameters()) for net in (jepa.encoder, jepa.predictor)]
+        made = engine(jepa, ranks, stage, dtype=torch.bfloat16)
+        train(jepa, made, ranks=ranks.size, steps=range(2), num=num)
+        with Sent(ranks.size) as sent:
+            train(jepa, made, ranks=ranks.size, steps=range(2, 3), num=num)
+        found |= {"parameters": sizes, f"gradients/{num}": sent.gradients}
+        found[f"weights/{num}"] = sent.weights
+    return found
+
+
 def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
     """By name; more of them where a step is cheap."""
     made: dict[str, Callable[[Ranks], Findings]] = {}
@@ -153,6 +169,8 @@ def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
             made[f"offload/{stage}"] = lambda r, s=stage: against_one_process(  # type: ignore[misc]
                 r, s, offload=True, **FULL
             )
+        for stage in range(4):
+            made[f"sent/{stage}"] = lambda r, s=stage: sent_in_a_step(r, s)  # type: ignore[misc]
         made["checkpointing/3"] = lambda r: against_one_process(r, 3, checkpointing=True, **FULL)
         made["resumed/1"] = lambda r: resumed_elsewhere(r, 1, 3)
         made["resumed/3"] = lambda r: resumed_elsewhere(r, 3, 0)

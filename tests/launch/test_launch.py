@@ -32,7 +32,7 @@ JOB_FOR_TWO_NODES = {
 STAND_INS = {
     "scontrol": """
         echo "scontrol $*" >> log
-        [[ $1 != show ]] || printf 'node1\\nnode2\\n'
+        [[ $1 != show ]] || { echo node1; sleep 0.2; echo node2; }
     """,
     "scancel": """
         echo "scancel $*" >> log
@@ -98,7 +98,7 @@ def check_command(arguments: list[str]) -> Any:
     assert parsed.training_script == "fastjepa.cli"
     command, recipe, *overrides = parsed.training_script_args
     assert command in typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    load_recipe(ROOT / recipe, overrides)
+    assert load_recipe(ROOT / recipe, overrides).engine.kind == "deepspeed"
     return parsed
 
 
@@ -113,7 +113,7 @@ def test_slurm_starts_torchrun_on_every_node(slurm: Any, tmp_path: Path) -> None
     parsed = check_command((tmp_path / "torchrun.args").read_text().splitlines())
     assert (parsed.nnodes, parsed.nproc_per_node) == ("2", "8")
     assert re.fullmatch(r"node1:2\d{4}", parsed.rdzv_endpoint)
-    assert parsed.training_script_args[1:] == [RECIPE, "train.steps=10"]
+    assert parsed.training_script_args[1:] == [RECIPE, "engine.kind=deepspeed", "train.steps=10"]
     assert not any(line.startswith("scontrol requeue") for line in log(tmp_path))
 
 

@@ -11,11 +11,16 @@ RANKS = (1, 2, 4, 128)
 ENCODER, PREDICTOR = 128 * 1001, 128 * 77
 
 
-def per_parameter(layout: Layout, ranks: int) -> tuple[float, float]:
-    """Bytes for each parameter of the encoder and of the predictor."""
-    encoder = state_bytes(ENCODER, 0, layout=layout, ranks=ranks, autocast=False).total
-    predictor = state_bytes(0, PREDICTOR, layout=layout, ranks=ranks, autocast=False).total
-    return encoder / ENCODER, predictor / PREDICTOR
+def per_parameter(
+    layout: Layout, ranks: int, value_bytes: int = 2, *, offload: bool = False
+) -> tuple[float, float]:
+    """Bytes for each parameter of the encoder and of the predictor, autocast's copies aside."""
+    known = {"ranks": ranks, "value_bytes": value_bytes, "offload": offload}
+    encoder = state_bytes(ENCODER, 0, layout=layout, **known)  # type: ignore[arg-type]
+    predictor = state_bytes(0, PREDICTOR, layout=layout, **known)  # type: ignore[arg-type]
+    return (encoder.total - encoder.casts) / ENCODER, (
+        predictor.total - predictor.casts
+    ) / PREDICTOR
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -45,8 +50,21 @@ def test_parts_add_up_over_encoder_predictor_and_ranks(
 
 def test_autocast_adds_copies_of_what_is_trained_to_float32_weights_alone() -> None:
     assert state_bytes(10, 3, layout="torch").casts == 26
-    assert state_bytes(10, 3, layout="torch", autocast=False).casts == 0
+    assert state_bytes(10, 3, layout="torch", value_bytes=4).casts == 0
     assert state_bytes(10, 3, layout="zero2").casts == 0
+
+
+def test_float32_doubles_what_zero_works_with() -> None:
+    assert per_parameter("zero1", 4, 4) == (12 + 16 / 4, 8 + 12 / 4)
+    assert per_parameter("zero3", 4, 4) == (28 / 4, 20 / 4)
+
+
+def test_offloading_leaves_the_working_values_on_the_gpu() -> None:
+    assert per_parameter("zero2", 4, offload=True) == (4 + 2 / 4, 2 + 2 / 4)
+    moved = state_bytes(ENCODER, 0, layout="zero2", ranks=4, offload=True)
+    assert moved.master == moved.moments == moved.ema == 0
+    assert moved.host == ENCODER * 16 / 4
+    assert moved.total + moved.host == state_bytes(ENCODER, 0, layout="zero2", ranks=4).total
 
 
 def test_no_rank_is_refused() -> None:

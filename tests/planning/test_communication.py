@@ -16,7 +16,7 @@ def ring_steps(values: int) -> int:
 
 @pytest.mark.parametrize(
     ("layout", "gradients", "weights", "target"),
-    [("torch", 0, 0, 0), ("zero0", 2, 0, 0), ("zero1", 1, 1, 1), ("zero2", 1, 1, 1),
+    [("torch", 0, 0, 0), ("zero0", 2, 0, 0), ("zero1", 2, 1, 1), ("zero2", 2, 1, 1),
      ("zero3", 1, 2, 1)],
 )  # fmt: skip
 def test_collectives_of_a_step_of_one_pass(
@@ -36,8 +36,18 @@ def test_only_stages_2_and_3_send_with_every_pass() -> None:
 
     assert sent("zero0", 3) == sent("zero0", 1)
     assert sent("zero1", 3) == sent("zero1", 1)
-    assert sent("zero2", 3) - sent("zero2", 1) == 2 * ring_steps(ENCODER + PREDICTOR)
+    assert sent("zero2", 3) - sent("zero2", 1) == 2 * 2 * ring_steps(ENCODER + PREDICTOR)
     assert sent("zero3", 3) == 3 * sent("zero3", 1)
+
+
+def test_float32_is_twice_as_much() -> None:
+    half, gradients, all_of_it = (
+        step_traffic(ENCODER, PREDICTOR, layout="zero2", ranks=RANKS, passes=1, **more)
+        for more in ({}, {"gradient_bytes": 4}, {"gradient_bytes": 4, "value_bytes": 4})
+    )
+    assert gradients.gradients == 2 * half.gradients
+    assert gradients.weights == half.weights
+    assert all_of_it.total == 2 * half.total
 
 
 def test_one_rank_sends_nothing() -> None:
