@@ -52,30 +52,27 @@ class Finding:
 
 @dataclass(frozen=True)
 class Package:
-    """A library, under the names of its distributions.
-
-    `needed` has to be there, `used` is for a part that can be done without, `unused` is planned.
-    """
+    """A library, under the names of its distributions; what is not `needed` is for a part that can
+    be done without."""
 
     name: str
     module: str
     distributions: tuple[str, ...]
     purpose: str
-    role: Literal["needed", "used", "unused"] = "used"
     install: str = ""
+    needed: bool = False
 
 
-_UNUSED = "no part of fastjepa uses it yet"
 _ATTENTION = "attention on a GPU may run by it (model.attention)"
 _TRAIN = "pip install 'fastjepa[train]'"
 _DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
 
 PACKAGES = (
-    Package("PyAV", "av", ("av",), "decodes videos", "needed", "pip install av"),
-    Package("Pillow", "PIL", ("pillow",), "decodes images", "needed", "pip install pillow"),
+    Package("PyAV", "av", ("av",), "decodes videos", "pip install av", needed=True),
+    Package("Pillow", "PIL", ("pillow",), "decodes images", "pip install pillow", needed=True),
     Package(
-        "safetensors", "safetensors", ("safetensors",), "holds weights", "needed",
-        "pip install safetensors",
+        "safetensors", "safetensors", ("safetensors",), "holds weights",
+        "pip install safetensors", needed=True,
     ),
     Package("tensorboard", "tensorboard", ("tensorboard",), "training needs it", install=_TRAIN),
     Package("psutil", "psutil", ("psutil",), "training needs it", install=_TRAIN),
@@ -95,7 +92,10 @@ PACKAGES = (
     ),
     Package("flash-attn", "flash_attn", ("flash-attn",), _ATTENTION),
     Package("xformers", "xformers", ("xformers",), _ATTENTION),
-    Package("deepspeed", "deepspeed", ("deepspeed",), _UNUSED, "unused"),
+    Package(
+        "deepspeed", "deepspeed", ("deepspeed",), "trains on many ranks (engine.kind)",
+        install="pip install 'fastjepa[zero]'",
+    ),
     Package(
         "DALI", "nvidia.dali", _DALI, "decodes videos on a GPU",
         install="pip install 'fastjepa[dali]'",
@@ -221,16 +221,15 @@ def _start_import(package: Package) -> "subprocess.Popen[str] | None":
 
 def _package(package: Package, imported: "subprocess.Popen[str] | None") -> Finding:
     if imported is None:
-        state: State = "problem" if package.role == "needed" else "absent"
+        state: State = "problem" if package.needed else "absent"
         detail = f"{package.purpose}: {package.install}" if package.install else package.purpose
         return _stack(package.name, state, detail)
     number = _version(package) or "of unknown version"
     complaint = _complaint(imported)
     if complaint is None:
         return _stack(package.name, "ok", f"{number}; {package.purpose}")
-    state = "absent" if package.role == "unused" else "problem"
     detail = f"{number} is installed but cannot be imported ({complaint}); {package.purpose}"
-    return _stack(package.name, state, detail)
+    return _stack(package.name, "problem", detail)
 
 
 def _complaint(imported: "subprocess.Popen[str]") -> str | None:
@@ -309,7 +308,7 @@ def _backends(dali: bool) -> Iterator[Finding]:
         "attention": attention,
         "matrix products": products,
         "decoder": _decoder(torch.device("cuda" if cuda else "cpu"), dali),
-        "engine": "torch in one process, because no other is built in yet",
+        "engine": "torch in one process, because engine.kind is so by default; deepspeed: many",
     }
     for name, detail in chosen.items():
         yield Finding(name, "ok", detail, "backends")
@@ -336,7 +335,9 @@ def _attention(device: torch.device) -> str:
     refusals = {b.name: b.refusal(device, torch.bfloat16, 64) for b in ALL}
     able = ", ".join(name for name, refusal in refusals.items() if refusal is None)
     unable = "".join(f"; not {n}: {refusal}" for n, refusal in refusals.items() if refusal)
-    return f"the fastest of {able}, measured once for each shape{unable}"
+    return (
+        f"the fastest of {able}, measured once for each shape, because the device is CUDA{unable}"
+    )
 
 
 def _ops(device: torch.device) -> Iterator[Finding]:
