@@ -115,7 +115,7 @@ def write_index(
     """Write the noted files in the order of `files`; paths below `folder` relative to it."""
     from pyarrow import parquet, record_batch
 
-    summary, schema = Summary(), _schema()
+    summary, schema = Summary(), index_schema()
     root = os.path.join(os.path.abspath(folder), "")
     with parquet.ParquetWriter(handle, schema) as writer:
         rows = _rows(files, states, notes, root, summary)
@@ -150,7 +150,8 @@ def _row(entry: Entry, state: State, facts: Facts, root: str, summary: Summary) 
     return {"path": path, **row, **vars(facts)}
 
 
-def _schema() -> Any:
+def index_schema() -> Any:
+    """The columns of an index, a pyarrow schema."""
     import pyarrow as pa
 
     types = {"path": pa.string(), "weight": pa.float64(), "kind": pa.string()}

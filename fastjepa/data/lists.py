@@ -33,17 +33,14 @@ def read_list(handle: BinaryIO, named: str) -> Files:
         from fastjepa.data.parquet_list import read_parquet
 
         files = read_parquet(handle, named)
+    elif named.lower().endswith(".csv"):
+        from fastjepa.data.plain_csv import read_plain_csv
+
+        data = handle.read()
+        plain = read_plain_csv(data, named)
+        files = read_rows(io.BytesIO(data), named) if plain is None else plain
     else:
-        text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
-        rows = (
-            _csv_rows(text, named) if named.lower().endswith(".csv") else _jsonl_rows(text, named)
-        )
-        try:
-            files = Files.of(entry_of(row, named, where) for where, row in rows)
-        except csv.Error as error:
-            raise ManifestError(f"{named}: not a readable CSV file ({error})") from None
-        except UnicodeDecodeError as error:
-            raise ManifestError(f"{named}: not UTF-8 text ({error.reason})") from None
+        files = read_rows(handle, named)
     if not files:
         none = (
             f"{len(files.bad)} files, none of them readable" if files.bad else "the list is empty"
@@ -54,11 +51,31 @@ def read_list(handle: BinaryIO, named: str) -> Files:
     return files
 
 
+def read_rows(handle: BinaryIO, named: str) -> Files:
+    """Read a CSV or JSONL row by row, which finds what is wrong with one. Raises ManifestError."""
+    text = io.TextIOWrapper(handle, "utf-8-sig", newline="")
+    rows = _csv_rows(text, named) if named.lower().endswith(".csv") else _jsonl_rows(text, named)
+    try:
+        return Files.of(entry_of(row, named, where) for where, row in rows)
+    except csv.Error as error:
+        raise ManifestError(f"{named}: not a readable CSV file ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{named}: not UTF-8 text ({error.reason})") from None
+
+
+def header_of(first: str) -> list[str] | None:
+    """The column names in a CSV's first line; None for one of `path label`."""
+    names = [name.strip() for name in next(csv.reader([first]))]
+    if "path" not in names and (len(names) == 1 or kind_of(names[0]) or _official_path(first)):
+        return None
+    return names
+
+
 def _csv_rows(text: Iterable[str], named: str) -> Rows:
     lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
     for number, first in lines:
-        names = [name.strip() for name in next(csv.reader([first]))]
-        if "path" not in names and (len(names) == 1 or kind_of(names[0]) or _official_path(first)):
+        names = header_of(first)
+        if names is None:
             yield from _official_rows(chain([(number, first)], lines), named)
             return
         check_columns(names, named)

@@ -56,7 +56,7 @@ def _parts(batches: Any, named: str) -> Iterator[Files]:
             for row in batch.filter(invert(readable)).to_pylist():
                 bad.append((entry_of(row, named, "index").path, str(row["reason"])))
             batch = batch.filter(readable)
-        files = _columns(batch, os.path.dirname(named), bad)
+        files = columns_of(batch, os.path.dirname(named), bad)
         if files is None:
             entries = (
                 entry_of(row, named, f"row {rows + i}") for i, row in enumerate(batch.to_pylist())
@@ -65,8 +65,8 @@ def _parts(batches: Any, named: str) -> Iterator[Files]:
         yield files
 
 
-def _columns(batch: Any, folder: str, bad: list[BadFile]) -> Files | None:
-    """The batch as whole columns, None where its rows have to be looked at one by one."""
+def columns_of(batch: Any, folder: str, bad: list[BadFile]) -> Files | None:
+    """A record batch's columns as they are; None where its rows have to be looked at one by one."""
     import pyarrow
     from pyarrow import compute
 

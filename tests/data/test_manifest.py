@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -7,13 +8,15 @@ from pathlib import Path
 import fsspec
 import pyarrow
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from fastjepa.data.cache import Cache
 from fastjepa.data.files import Entry, ManifestError
+from fastjepa.data.lists import read_rows
 from fastjepa.data.manifest import read_manifest
+from fastjepa.data.plain_csv import read_plain_csv
 
 
 def test_a_folder_is_walked_sorted_and_only_media_is_taken(tmp_path: Path) -> None:
@@ -187,6 +190,40 @@ def test_parquet_says_what_jsonl_says(
         except ManifestError as error:
             said.append(str(error).replace(name, "list").replace("line", "row"))
     assert said[0] == said[1]
+
+
+FIELDS = st.sampled_from(
+    ["a.mp4", "/d/ü.MKV", " b.png", "x y.mp4 ", "~/c.webm", "no", "", "2", "0.5", "-1", "nan",
+     "video", "image ", "movie", '"q,1.mp4"', "1_0", "\t", "a.mp4 0", "/d/b c.mp4  17",
+     "c.mp4::3", "x 1e3"]
+)  # fmt: skip
+LINES = st.lists(st.lists(FIELDS, min_size=1, max_size=3).map(",".join), min_size=1, max_size=6)
+HEADS = st.sampled_from(["path", "path,weight", "kind,path", "path,weight,kind", "path,path", ""])
+
+
+@settings(max_examples=400, deadline=None)
+@given(HEADS, LINES, st.sampled_from(["\n", "\r\n"]), st.booleans())
+@example("", ["/d/a.mp4 0", "/d/b c.mp4  17"], "\n", True)
+@example("path,weight", ["a.mp4,2", "/d/ü.MKV,"], "\r\n", False)
+def test_whole_columns_of_a_csv_say_what_its_rows_say(
+    head: str, lines: list[str], end: str, marked: bool
+) -> None:
+    text = end.join(([head] if head else []) + lines) + end
+    data = b"\xef\xbb\xbf" * marked + text.encode()
+    plain = read_plain_csv(data, "/list/a.csv")
+    if plain is not None:
+        assert plain == read_rows(io.BytesIO(data), "/list/a.csv")
+
+
+def test_ordinary_csv_lists_go_in_whole_columns() -> None:
+    for text in (
+        "path,weight\na.mp4,1\n/b.png,2.5\n",
+        "/d/a.mp4 0\n/d/b c.mp4 17\n",
+        "path\na.mp4",
+    ):
+        plain = read_plain_csv(text.encode(), "/list/a.csv")
+        assert plain == read_rows(io.BytesIO(text.encode()), "/list/a.csv")
+        assert plain is not None
 
 
 def test_columns_of_other_types_and_long_lists(tmp_path: Path) -> None:
