@@ -7,7 +7,7 @@ buffers.
 
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args, overload
 
@@ -124,7 +124,14 @@ class Files(Sequence[Entry]):
 
     def hashes(self) -> NDArray[np.int64]:
         """A number for each path, equal where paths are (of this process alone): int64 [N]."""
-        return np.fromiter((hash(self._name(i)) for i in range(len(self))), np.int64, len(self))
+        return np.fromiter(map(hash, self._names()), np.int64, len(self))
+
+    def _names(self) -> Iterator[bytes]:
+        start = 0
+        for rows in range(0, len(self), 2**16):
+            for end in self.ends[rows : rows + 2**16].tolist():
+                yield self.text[start:end]
+                start = end
 
     def _name(self, row: int) -> bytes:
         return self.text[int(self.ends[row - 1]) if row else 0 : int(self.ends[row])]
