@@ -100,20 +100,30 @@ class Trainer:
         except psutil.NoSuchProcess:
             return []
 
-    def end(self, timeout: float) -> tuple[str, str, list[psutil.Process]]:
-        """Its output, its errors, and which processes live on after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
-        try:
-            out, errors = self.process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            out = errors = ""
-        left = deadline - time.monotonic()
-        _, alive = psutil.wait_procs([self.ps, *self.family], timeout=max(1.0, left))
+    def end(self, timeout: float) -> tuple[str, str, list[str]]:
+        """Its output, its errors, and what lives on after `timeout` seconds.
+
+        Counted second by second: a pause of the whole machine is no hang.
+        """
+        out = errors = ""
+        ended = False
+        alive = [self.ps, *self.family]
+        for _ in range(int(timeout)):
+            if not ended:
+                try:
+                    out, errors = self.process.communicate(timeout=1.0)
+                    ended = True
+                except subprocess.TimeoutExpired:
+                    continue
+            _, alive = psutil.wait_procs(alive, timeout=1.0)
+            if not alive:
+                break
+        told = [f"{one.status()}: {' '.join(one.cmdline())}" for one in alive if one.is_running()]
         for process in alive:
             process.kill()
-        if alive:
+        if not ended:
             out, errors = self.process.communicate()
-        return out, errors, alive
+        return out, errors, told
 
 
 def kill_once(folder: str, number: int, spans: dict[str, float], timeout: float) -> dict[str, Any]:
@@ -167,6 +177,7 @@ def kill_once(folder: str, number: int, spans: dict[str, float], timeout: float)
         "after_seconds": round(after, 3),
         "outcome": outcome,
         "seconds_to_end": round(time.perf_counter() - started, 3),
+        "alive": alive,
         "said": (out + errors)[-2000:] if outcome in FAILURES else "",
     }
 
@@ -212,7 +223,7 @@ def main() -> int:
                 lambda number: kill_once(folder, number, spans, chosen.timeout), numbers
             ):
                 kills.append(found)
-                print({k: v for k, v in found.items() if v != ""}, flush=True)
+                print({k: v for k, v in found.items() if v not in ("", [])}, flush=True)
             left += sorted(set(os.listdir(SHARED)) - shared)
             with atomic_file(chosen.json) as file:
                 file.write(json.dumps(summary(kills, left), indent=1).encode() + b"\n")
