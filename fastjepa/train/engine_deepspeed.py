@@ -8,7 +8,7 @@ Working weights and gradients are of `dtype`; masters, moments and EMA are float
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -25,6 +25,9 @@ from fastjepa.train.zero_shards import ZeroShards
 AdamW = Literal["torch", "deepspeed", "apex"]
 # Gradients and weights travel in buckets of at most so many elements.
 BUCKET = 200_000_000
+# AdamW's groups hold at most this share of the parameters: while one is at work its gradients are
+# there in float32 too, and the target's weights travel one after another.
+LARGEST_GROUP = 1 / 8
 
 
 class DeepSpeedEngine:
@@ -76,7 +79,8 @@ class DeepSpeedEngine:
         if stage == 3:
             deepspeed.utils.set_z3_leaf_modules(networks, [Block])
         self._loose = _outside_blocks(encoder, predictor)
-        groups = param_groups((encoder, predictor), weight_decay)
+        total = sum(shape.numel() for shape in shapes.values())
+        groups = list(_pieces(param_groups((encoder, predictor), weight_decay), total))
         optimizer = _adamw(
             adamw, groups, betas, eps, device=torch.device("cpu") if offload else device
         )
@@ -184,6 +188,19 @@ def _with_all(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
         return loss
     found: Tensor = _WithAll.apply(loss, *parameters)  # type: ignore[no-untyped-call]
     return found
+
+
+def _pieces(groups: list[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:
+    """The groups cut into smaller ones, each parameter whole."""
+    for group in groups:
+        piece: list[nn.Parameter] = []
+        for parameter in group["params"]:
+            size = sum(p.numel() for p in piece) + parameter.numel()
+            if piece and size > total * LARGEST_GROUP:
+                yield {**group, "params": piece}
+                piece = []
+            piece.append(parameter)
+        yield {**group, "params": piece}
 
 
 def _outside_blocks(*networks: nn.Module) -> list[nn.Parameter]:

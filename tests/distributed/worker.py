@@ -1,5 +1,6 @@
 """What each rank runs, under torchrun: the cases of test_zero.py one after another in one process
-group. The first rank writes their findings: worker.py OUT.json."""
+group. The first rank writes their findings: worker.py OUT.json, or worker.py OUT.json STEPS for
+longer loss curves alone."""
 
 import json
 import sys
@@ -39,19 +40,19 @@ def error(found: list[float], wanted: list[float]) -> float:
 
 
 def against_one_process(
-    ranks: Ranks, stage: int, *, checkpointing: bool = False, **options: Any
+    ranks: Ranks, stage: int, *, steps: int = STEPS, checkpointing: bool = False, **options: Any
 ) -> Findings:
     """Steps of videos and images, clipped, one of them spoilt on the last rank alone."""
     jepa = networks(seed=ranks.rank if stage else 0, checkpointing=checkpointing)
     made = engine(jepa, ranks, stage, clip=0.5, **options)
     task = {"ranks": ranks.size, "num": 2, "momentum": MOMENTUM, "spoilt": (SPOILT,)}
-    losses, norms, vetoes = train(jepa, made, steps=range(STEPS), **task)
+    losses, norms, vetoes = train(jepa, made, steps=range(steps), **task)
     state, everyone = made.state(), ranks.gather(vetoes)
     if not ranks.first:
         return {}
     single = networks()
     one = alone(single, dtype=options["dtype"], clip=0.5)
-    wanted_losses, wanted_norms, _ = train(single, one, steps=range(STEPS), **task)
+    wanted_losses, wanted_norms, _ = train(single, one, steps=range(steps), **task)
     wanted = one.state()
     return {
         "loss_error": error(losses, wanted_losses),
@@ -63,7 +64,7 @@ def against_one_process(
         ),
         "vetoes": everyone,
         "steps_counted": {float(t) for n, t in state["optimizer"].items() if n.endswith(".step")}
-        == {float(STEPS - 1)},
+        == {float(steps - 1)},
     }
 
 
@@ -178,9 +179,21 @@ def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
     return made
 
 
+def long_curves(steps: int) -> dict[str, Callable[[Ranks], Findings]]:
+    """Every stage over many steps."""
+    made: dict[str, Callable[[Ranks], Findings]] = {}
+    for stage in range(4):
+        for name, options in (("full", FULL), ("half", HALF)):
+            made[f"{name}/{stage}"] = lambda r, s=stage, o=options: against_one_process(  # type: ignore[misc]
+                r, s, steps=steps, **o
+            )
+    return made
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with join(CPU, timeout=300, alone=True) as ranks:
-        findings = {name: case(ranks) for name, case in cases(ranks.size).items()}
+        chosen = long_curves(int(sys.argv[2])) if sys.argv[2:] else cases(ranks.size)
+        findings = {name: case(ranks) for name, case in chosen.items()}
         if ranks.first:
             Path(sys.argv[1]).write_text(json.dumps(findings, indent=1))
