@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # What comes with fastjepa; CI adds DALI and DeepSpeed, whose tests are skipped without them.
 EXTRAS ?= train,demo,dev
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
+# Two files of tests at a time, each test with one thread; ranks that wait for one another run last.
+TOGETHER := tests/distributed tests/launch
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint types clean
@@ -13,7 +15,8 @@ demo: $(INSTALLED)
 	$(BIN)/fastjepa train configs/demo.yaml
 
 test: lint types
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(TOGETHER:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(TOGETHER)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

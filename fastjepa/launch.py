@@ -2,8 +2,8 @@
 
     code = launch(["train", "configs/demo.yaml"], ranks=2)
 
-What they print goes where this process prints. A port is chosen that is free. When one rank ends
-with an error the others are ended, and a signal is handed on to all.
+What they print goes where this process prints. A port is chosen that is free, and the cores are
+shared out. When one rank ends with an error the others are ended, and a signal is handed on to all.
 """
 
 import logging
@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+
+import torch
 
 from fastjepa.train.ranks import LostRankError
 
@@ -29,6 +31,8 @@ def launch(arguments: Sequence[str], *, ranks: int) -> int:
 
     # It tells in many lines what the rank itself, or we below, say in one.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # Each rank would take all cores; `engine.threads` and a value that is set go before this.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
