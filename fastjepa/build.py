@@ -7,7 +7,7 @@ reads it.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastjepa.data.loader import Loader
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import decode_media
 from fastjepa.data.quarantine import Quarantine
+from fastjepa.distillation import check_teacher, fingerprint, load_teacher
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
@@ -78,6 +79,14 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     sharded = recipe.engine.kind == "deepspeed"
     # DeepSpeed moves the networks itself, once they are in the working precision.
     jepa = build_jepa(recipe, resolved, torch.device("cpu") if sharded else device)
+    facts: dict[str, Any] = {
+        "model": encoder_sizes(recipe, resolved),
+        "predictor": asdict(resolved.predictor),
+    }
+    if recipe.distill is not None:
+        jepa = replace(jepa, teacher=_teacher(recipe, resolved, device))
+        facts["teacher"] = fingerprint(jepa.source)
+        console.say(f"teacher from {recipe.distill.teacher}: {jepa.source.origin}")
     engine = _engine(recipe, jepa, device, ranks)
     guard = LossGuard(
         sigma=recipe.guard.sigma,
@@ -94,9 +103,11 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     ranks.check_same({"the newest checkpoint": "none" if checkpoint is None else checkpoint.step})
     if checkpoint is not None:
         check_samples(checkpoint, samples_per_step)
+        if recipe.distill is not None:
+            check_teacher(checkpoint, recipe.distill.teacher, facts["teacher"])
         console.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
     elif recipe.train.init_from is not None:
-        parts = load_initial(recipe.train.init_from, engine)
+        parts = load_initial(recipe.train.init_from, engine, recipe.train.init_with)
         console.say(f"initial {', '.join(parts)} from {recipe.train.init_from}")
     return Trainer(
         jepa=jepa,
@@ -107,11 +118,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         quarantine=quarantine,
         tokens={name: stream.tokens for name, stream in streams.items()},
         folder=folder,
-        facts={
-            "model": encoder_sizes(recipe, resolved),
-            "predictor": asdict(resolved.predictor),
-            "samples_per_step": samples_per_step,
-        },
+        facts=facts | {"samples_per_step": samples_per_step},
         console=console,
         log_every=recipe.train.log_every,
         checkpoint_every=recipe.train.checkpoint_every,
@@ -190,7 +197,10 @@ def encoder_sizes(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
 
 
 def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa:
-    """Context encoder, predictor and target encoder (a copy of the first), with their objective."""
+    """Context encoder, predictor and target encoder (a copy of the first), with their objective.
+
+    Where a teacher gives the targets the predictor is of its width; it is to be added then.
+    """
     shared: dict[str, Any] = {
         "checkpointing": recipe.model.checkpointing,
         "attention": recipe.model.attention,
@@ -205,6 +215,7 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         depth=resolved.predictor.depth,
         heads=resolved.predictor.heads,
         mlp_width=resolved.predictor.mlp_width,
+        out_width=None if resolved.teacher is None else resolved.teacher.width,
         num_mask_tokens=recipe.model.predictor.mask_tokens,
         patch=recipe.model.patch,
         interpolate_rope=recipe.model.interpolate_rope,
@@ -218,7 +229,23 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         exponent=recipe.objective.loss_exp,
         normalize_prediction=recipe.objective.normalize_predictor,
     )
-    return Jepa(encoder, predictor, target, objective, levels, levels)
+    target_levels = levels if resolved.teacher is None else resolved.teacher.levels
+    return Jepa(encoder, predictor, target, objective, levels, target_levels)
+
+
+def _teacher(recipe: Recipe, resolved: Resolved, device: torch.device) -> Encoder:
+    """Whole on every rank; in float32 where the target is, else in the working dtype."""
+    assert recipe.distill is not None
+    assert resolved.teacher is not None
+    sharded = recipe.engine.kind == "deepspeed"
+    return load_teacher(
+        recipe.distill.teacher,
+        resolved.teacher,
+        patch=recipe.model.patch,
+        tubelet=recipe.model.tubelet,
+        device=device,
+        dtype=DTYPES[recipe.engine.dtype] if sharded else torch.float32,
+    )
 
 
 def mask_maker(recipe: Recipe, stream: Stream, rank: int = 0) -> MaskMaker:

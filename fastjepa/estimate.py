@@ -53,12 +53,13 @@ class Part:
 class Estimate:
     """Parameters, and what a step costs: `flops` of an optimizer step, `memory` in bytes.
 
-    `parts` has the streams by name; `memory` is the largest of theirs: they run one after the
-    other.
+    `teacher_parameters` is 0 where no teacher gives the targets. `parts` has the streams by name;
+    `memory` is the largest of theirs: they run one after the other.
     """
 
     encoder_parameters: int
     predictor_parameters: int
+    teacher_parameters: int
     parts: dict[str, Part]
     flops: float
     memory: Footprint
@@ -75,6 +76,7 @@ def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
     return Estimate(
         costs.encoder_parameters,
         costs.predictor_parameters,
+        costs.teacher_parameters,
         parts,
         math.fsum(p.passes * p.flops.total for p in parts.values()),
         max((p.memory for p in parts.values()), key=lambda memory: memory.total),
@@ -91,14 +93,26 @@ class StreamCosts:
         self.encoder = EncoderNumbers(
             size.width, size.depth, size.heads, size.mlp_width, levels, model.patch, model.tubelet
         )
+        self.teacher = None
+        if resolved.teacher is not None:
+            other = resolved.teacher
+            self.teacher = EncoderNumbers(
+                other.width, other.depth, other.heads, other.mlp_width, 1,
+                model.patch, model.tubelet,
+            )  # fmt: skip
+        source = self.teacher or self.encoder
         self.predictor = PredictorNumbers(
             shape.width, shape.depth, shape.heads, shape.mlp_width,
-            in_width=size.width, in_levels=levels, out_width=levels * size.width,
+            in_width=size.width, in_levels=levels, out_width=source.levels * source.width,
             mask_tokens=model.predictor.mask_tokens,
         )  # fmt: skip
         every_norm = len(encoder_sizes(recipe, resolved)["levels"])
         self.encoder_parameters = encoder_parameters(replace(self.encoder, levels=every_norm))
         self.predictor_parameters = predictor_parameters(self.predictor)
+        # A teacher of the released kind has a norm for each of four levels.
+        self.teacher_parameters = (
+            encoder_parameters(replace(self.teacher, levels=4)) if self.teacher else 0
+        )
         self.value_bytes = 2 if recipe.engine.dtype == "bfloat16" else 4
         self._drawn: dict[tuple[int, int], list[TokenNumbers]] = {}
 
@@ -130,7 +144,7 @@ class StreamCosts:
                 [
                     step_flops(
                         self.encoder, self.predictor, tokens, batch=stream.clips,
-                        checkpointing=model.checkpointing,
+                        target=self.teacher, checkpointing=model.checkpointing,
                     )
                     for tokens in drawn
                 ]
@@ -139,6 +153,7 @@ class StreamCosts:
                 state_bytes(
                     self.encoder_parameters, self.predictor_parameters,
                     layout="torch", value_bytes=self.value_bytes,
+                    teacher=self.teacher_parameters,
                 ),
                 self.activations(stream, drawn, checkpointing=model.checkpointing),
             ),

@@ -115,6 +115,14 @@ def _model(recipe: Recipe, resolved: Resolved, numbers: Estimate) -> Rows:
     yield "parameters of the encoder", count(numbers.encoder_parameters)
     yield "parameters of the predictor", count(numbers.predictor_parameters)
     yield "parameters of the target", f"{count(numbers.encoder_parameters)}, not trained"
+    if recipe.distill is not None and resolved.teacher is not None:
+        teacher = resolved.teacher
+        yield (
+            "teacher",
+            f"{recipe.distill.name}: width {teacher.width}, {teacher.depth} blocks, level "
+            f"{teacher.levels[-1]}; {count(numbers.teacher_parameters)} parameters, frozen, from "
+            f"{recipe.distill.teacher}",
+        )
 
 
 def _called(stream: str) -> str:
@@ -251,6 +259,8 @@ def _memory(recipe: Recipe, numbers: Estimate) -> Rows:
     yield "gradients", f"{binary_size(states.gradients)} (float32)"
     yield "AdamW moments", f"{binary_size(states.moments)} (float32)"
     yield "target encoder", f"{binary_size(states.ema)} (float32)"
+    if states.teacher:
+        yield "teacher", f"{binary_size(states.teacher)} (float32)"
     kept = "block inputs only" if recipe.model.checkpointing else "plain blocks"
     yield (
         "activations",

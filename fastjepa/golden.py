@@ -5,6 +5,7 @@ tensors, what leaves no trace in them (heads, supervised levels, lambda) from th
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -90,10 +91,13 @@ def networks(golden: GoldenStep, attention: str) -> Jepa:
     number of supervised levels from the metadata."""
     num_levels = golden.count("levels")
     encoder, levels = _encoder(golden, "encoder", num_levels, attention)
-    target, target_levels = _encoder(golden, "target", num_levels, attention)
-    predictor = _predictor(golden, encoder.width, target.width, num_levels, attention)
+    source, source_levels = _encoder(golden, "target", num_levels, attention)
+    predictor = _predictor(golden, encoder.width, source.width, num_levels, attention)
     objective = Objective(level_weights=(1.0 / num_levels,) * num_levels)
-    return Jepa(encoder, predictor, target, objective, levels, target_levels)
+    if not golden.distilled:
+        return Jepa(encoder, predictor, source, objective, levels, source_levels)
+    average = deepcopy(encoder)
+    return Jepa(encoder, predictor, average, objective, levels, source_levels, teacher=source)
 
 
 def _encoder(

@@ -54,7 +54,7 @@ def check(
     batch = micro_batch(golden, jepa.encoder)
     engine = TorchEngine(
         encoder=jepa.encoder, predictor=jepa.predictor, target=jepa.target,
-        follows=not golden.distilled, dtype=DTYPES[dtype], weight_decay=WEIGHT_DECAY,
+        dtype=DTYPES[dtype], weight_decay=WEIGHT_DECAY,
     )  # fmt: skip
     ledger = Ledger(golden)
     _inputs(jepa, batch, ledger)
@@ -75,7 +75,7 @@ def _device(name: str) -> torch.device:
 
 
 def _parts(jepa: Jepa) -> dict[str, nn.Module]:
-    return {"encoder": jepa.encoder, "target": jepa.target, "predictor": jepa.predictor}
+    return {"encoder": jepa.encoder, "target": jepa.source, "predictor": jepa.predictor}
 
 
 def _inputs(jepa: Jepa, batch: MicroBatch, ledger: Ledger) -> None:
@@ -251,7 +251,7 @@ def _unused(jepa: Jepa, batch: MicroBatch) -> tuple[str, ...]:
     }
     for part, network, levels in (
         ("encoder", jepa.encoder, jepa.levels),
-        ("target", jepa.target, jepa.target_levels),
+        ("target", jepa.source, jepa.target_levels),
     ):
         other = (
             ("video_mod_embed", "patch_embed") if image else ("img_mod_embed", "patch_embed_img")

@@ -151,6 +151,7 @@ _KINDS = {
     "moments": "AdamW moments",
     "ema": "float32 EMA",
     "target": "working copy of the target",
+    "teacher": "frozen teacher",
     "host": "(offloaded to the host)",
 }
 
@@ -159,7 +160,7 @@ def _memory(plan: Plan) -> Rows:
     layouts = list(plan.layouts.values())
     for field in fields(StateBytes):
         sizes = [getattr(layout.states, field.name) for layout in layouts]
-        if field.name == "host" and not any(sizes):
+        if field.name in ("teacher", "host") and not any(sizes):
             continue
         yield _KINDS[field.name], *(binary_size(size) if size else "-" for size in sizes)
     yield "buckets, gathered blocks", *(_or_none(layout.gathered) for layout in layouts)

@@ -229,6 +229,7 @@ def _layout(
         ranks=ranks,
         value_bytes=costs.value_bytes,
         offload=engine.offload,
+        teacher=costs.teacher_parameters,
     )
     gathered = 0
     if layout != "torch" and ranks > 1:

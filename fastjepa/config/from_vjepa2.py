@@ -197,7 +197,10 @@ def _optimization(official: KeyLedger) -> None:
         for name in ("start_lr", "warmup"):
             official.ignore(f"{section}.{name}", "no effect: the linear decay has no warm-up")
         checkpoint = official.values.get(f"{section}.anneal_ckpt")
-        remark = "a run or weights of fastjepa, or a released file"
+        remark = (
+            "a run or weights of fastjepa, or a released file; the official script takes the "
+            "optimizer's moments too: with a run train.init_with=optimizer does"
+        )
         official.move(f"{section}.anneal_ckpt", "train.init_from", checkpoint, remark)
     else:
         schedule = "constant" if final_lr == official.values.get(f"{section}.lr") else "cosine"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fastjepa.config.errors import RecipeError
-from fastjepa.config.schema import Duration, Model, Objective, Optim, Recipe
+from fastjepa.config.schema import Duration, Model, Objective, Optim, Recipe, Sizes
 from fastjepa.config.streams import Stream, streams_of
 from fastjepa.presets import PRESETS, EncoderSize, default_levels
 
@@ -35,7 +35,8 @@ class Resolved:
     `streams` are the kinds of clips by name, in the order in which a step takes them: `video`,
     those of `data.lengths`, `image`; without those that have no data or no share.
     `encoder.levels` are the supervised blocks (0-based) and `level_weights` their weights, sum 1;
-    `norm_levels` are all blocks with a norm of their own, supervised or not.
+    `norm_levels` are all blocks with a norm of their own, supervised or not. `teacher` is the
+    frozen encoder that gives the targets of a distillation, None where the target encoder does.
     `clips_per_step` counts clips and images, on average where steps alternate. `ramp` is (start,
     end) or None for a constant context weight. `notes` are sentences on keys without effect.
     """
@@ -43,6 +44,7 @@ class Resolved:
     encoder: EncoderSize
     norm_levels: tuple[int, ...]
     predictor: PredictorSize
+    teacher: EncoderSize | None
     level_weights: tuple[float, ...]
     streams: dict[str, Stream]
     clips_per_step: float
@@ -92,6 +94,7 @@ def resolve(recipe: Recipe) -> Resolved:
         encoder=encoder,
         norm_levels=norm_levels,
         predictor=predictor,
+        teacher=_teacher(recipe),
         level_weights=_level_weights(recipe.objective, len(encoder.levels)),
         streams=streams,
         clips_per_step=clips * recipe.optim.accumulate,
@@ -114,12 +117,18 @@ def in_steps(duration: Duration, steps: int) -> int:
     return round(float(duration.removesuffix("%")) / 100.0 * steps)
 
 
+def _size(section: str, sizes: Sizes) -> EncoderSize:
+    preset = PRESETS[sizes.name]
+    width, depth = sizes.width or preset.width, sizes.depth or preset.depth
+    heads = sizes.heads or preset.heads
+    _check_heads(section, width, heads)
+    mlp_width = sizes.mlp_width or width * preset.mlp_width // preset.width
+    return EncoderSize(width, depth, heads, mlp_width, default_levels(depth))
+
+
 def _encoder(model: Model) -> EncoderSize:
-    preset = PRESETS[model.name]
-    width, depth = model.width or preset.width, model.depth or preset.depth
-    heads = model.heads or preset.heads
-    _check_heads("model", width, heads)
-    levels = model.levels if model.levels is not None else default_levels(depth)
+    size = _size("model", model)
+    depth, levels = size.depth, size.levels if model.levels is None else model.levels
     if not levels or list(levels) != sorted(set(levels)) or levels[0] < 0:
         raise RecipeError(
             f"model.levels: {list(levels)} does not fit; expected block indices from 0 "
@@ -130,13 +139,19 @@ def _encoder(model: Model) -> EncoderSize:
             f"model.levels: {list(levels)} does not end with {depth - 1}, "
             f"the last of {depth} blocks, whose norm gives the features"
         )
-    return EncoderSize(
-        width=width,
-        depth=depth,
-        heads=heads,
-        mlp_width=model.mlp_width or width * preset.mlp_width // preset.width,
-        levels=levels,
-    )
+    return replace(size, levels=levels)
+
+
+def _teacher(recipe: Recipe) -> EncoderSize | None:
+    if recipe.distill is None:
+        return None
+    if recipe.objective.deep:
+        raise RecipeError(
+            "objective.deep: true, but a teacher (distill.teacher) gives the targets of its last "
+            "level alone; expected false"
+        )
+    size = _size("distill", recipe.distill)
+    return replace(size, levels=size.levels[-1:])
 
 
 def _predictor(model: Model) -> PredictorSize:

@@ -66,7 +66,9 @@ class Predictor(Section):
         return self
 
 
-class Model(Section):
+class Sizes(Section):
+    """An encoder of the zoo, with other sizes where they are given."""
+
     name: Literal[
         "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant", "vit_gigantic"
     ] = "vit_large"
@@ -74,6 +76,9 @@ class Model(Section):
     depth: Positive | None = None
     heads: Positive | None = None
     mlp_width: Positive | None = None
+
+
+class Model(Sizes):
     levels: tuple[int, ...] | None = None
     patch: Positive = 16
     tubelet: Positive = 2
@@ -214,6 +219,12 @@ class Objective(Section):
     normalize_predictor: bool = False
 
 
+class Distill(Sizes):
+    """A frozen teacher, whose last level is the target: weights from `teacher`, of these sizes."""
+
+    teacher: Path
+
+
 class Ema(Section):
     """Momentum of the target encoder, or the half-life it stands for; linear to the final one."""
 
@@ -269,6 +280,7 @@ class Train(Section):
     checkpoint_every: Positive = 1000
     keep_checkpoints: Positive = 3
     init_from: Path | None = None
+    init_with: Literal["weights", "optimizer", "average"] = "weights"
 
 
 class Engine(Section):
@@ -313,6 +325,7 @@ class Recipe(Section):
     data: Data = Data()
     masks: Masks = Masks()
     objective: Objective = Objective()
+    distill: Distill | None = None
     optim: Optim = Optim()
     guard: Guard = Guard()
     train: Train = Train()

@@ -22,6 +22,16 @@ def feature_std(x_BND: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def feature_norm(x_BND: Tensor) -> Tensor:
+    """L2 norm of a token's features, averaged over all tokens: 0-d float32.
+
+    Takes any shape that ends in channels. Raises ValueError when there is no token.
+    """
+    norm: Tensor = torch.linalg.vector_norm(_rows(x_BND), dim=-1).mean()
+    return norm
+
+
+@torch.no_grad()
 def effective_rank(x_ND: Tensor, rows: int = 2048) -> Tensor:
     """RankMe: exp of the entropy of the singular values' shares, between 1 and D: 0-d float32.
 

@@ -23,7 +23,8 @@ _OFFLOADED = ("master", "moments", "ema")
 @dataclass(frozen=True)
 class StateBytes:
     """Bytes on one rank by kind; `ema` is the float32 target, `target` its working copy, `casts`
-    are autocast's bf16 copies of the trained weights. `host` are those of all that offloading moves
+    are autocast's bf16 copies of the trained weights, `teacher` a frozen encoder that gives the
+    targets, whole on every rank. `host` are those of all that offloading moves
     to the host's memory, and which are not counted among the kinds."""
 
     weights: int
@@ -33,6 +34,7 @@ class StateBytes:
     moments: int
     ema: int
     target: int
+    teacher: int = 0
     host: int = 0
 
     @property
@@ -50,8 +52,9 @@ def state_bytes(
     ranks: int = 1,
     value_bytes: int = _BF16,
     offload: bool = False,
+    teacher: int = 0,
 ) -> StateBytes:
-    """Bytes per rank for so many parameters of the encoder and the predictor.
+    """Bytes per rank for so many parameters of the encoder, the predictor and a frozen teacher.
 
     `value_bytes` is 2 for products in bf16, which in layout `torch` are autocast's copies, and 4
     for float32. `offload` moves ZeRO's masters, moments and EMA to the host. Shards are padded to
@@ -69,6 +72,7 @@ def state_bytes(
             moments=2 * _FLOAT32 * trained,
             ema=_FLOAT32 * encoder,
             target=0,
+            teacher=_FLOAT32 * teacher,
         )
     whole = {
         "weights": value_bytes * trained,
@@ -85,4 +89,4 @@ def state_bytes(
     }
     host = sum(parts.pop(kind) for kind in _OFFLOADED) if offload else 0
     kept = dict.fromkeys(_OFFLOADED, 0) | parts
-    return StateBytes(casts=0, host=host, **kept)
+    return StateBytes(casts=0, teacher=value_bytes * teacher, host=host, **kept)

@@ -87,7 +87,6 @@ class TorchEngine:
         encoder: nn.Module,
         predictor: nn.Module,
         target: nn.Module,
-        follows: bool = True,
         dtype: torch.dtype = torch.float32,
         weight_decay: float = 0.04,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -95,7 +94,7 @@ class TorchEngine:
         clip: float | None = None,
         in_turn: bool | None = None,
     ) -> None:
-        """`follows`: whether the target is the encoder's EMA (else it is a frozen teacher).
+        """`target` becomes the encoder's EMA, whoever gives the targets.
 
         `in_turn`: mask groups one after the other through the predictor, in less memory, rather
         than packed into one pass, in fewer launches; None takes turns on a CPU.
@@ -112,9 +111,7 @@ class TorchEngine:
             fused=True,
         )
         self.networks = {"encoder": encoder, "predictor": predictor, "target_encoder": target}
-        self.ema_pairs = (
-            (list(target.parameters()), list(encoder.parameters())) if follows else None
-        )
+        self.ema_pairs = list(target.parameters()), list(encoder.parameters())
         target.requires_grad_(False)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -152,8 +149,7 @@ class TorchEngine:
         self.optimizer.found_inf = veto  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema_pairs is not None:
-            ema_update(*self.ema_pairs, momentum, veto=veto)
+        ema_update(*self.ema_pairs, momentum, veto=veto)
 
     def state(self) -> Parts:
         parts: dict[str, dict[str, Tensor]] = {

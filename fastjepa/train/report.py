@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastjepa.objective.health import effective_rank, feature_std, target_drift
+from fastjepa.objective.health import effective_rank, feature_norm, feature_std, target_drift
 from fastjepa.train.engine import Engine
 from fastjepa.train.plan import Draw
 from fastjepa.train.ranks import Ranks
@@ -54,20 +54,20 @@ class Probe:
         self._targets = self._levels()[1][-1]
 
     def metrics(self) -> dict[str, Tensor]:
-        """Std of context and target features by level, rank of the last, drift since the last
-        call."""
+        """Std of context and target features by level, norm of the targets, rank of the last level,
+        and drift since the last call unless a frozen teacher gives the targets."""
         features, targets = self._levels()
         found = {
             f"feature_std/level{level}": feature_std(x)
             for level, x in zip(self._jepa.levels, features, strict=True)
         }
-        found |= {
-            f"target_std/level{level}": feature_std(x)
-            for level, x in zip(self._jepa.target_levels, targets, strict=True)
-        }
+        for level, x in zip(self._jepa.target_levels, targets, strict=True):
+            found[f"target_std/level{level}"] = feature_std(x)
+            found[f"target_norm/level{level}"] = feature_norm(x)
         found[f"effective_rank/level{self._jepa.levels[-1]}"] = effective_rank(features[-1])
-        found["target_drift"] = target_drift(targets[-1], self._targets)
-        self._targets = targets[-1]
+        if self._jepa.teacher is None:
+            found["target_drift"] = target_drift(targets[-1], self._targets)
+            self._targets = targets[-1]
         return found
 
     def _levels(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -75,7 +75,7 @@ class Probe:
         found: list[list[Tensor]] = []
 
         def run() -> None:
-            found.append(self._jepa.target(self._clip, levels=self._jepa.target_levels))
+            found.append(self._jepa.source(self._clip, levels=self._jepa.target_levels))
             found.append(self._jepa.encoder(self._clip, levels=self._jepa.levels))
 
         self._engine.measure(run)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastjepa.checkpoint import (
     Checkpoint,
@@ -18,6 +18,7 @@ from fastjepa.checkpoint import (
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
 
+InitWith = Literal["weights", "optimizer", "average"]
 WEIGHTS = ("encoder", "predictor", "target_encoder")
 ENGINE = (*WEIGHTS, "optimizer")
 
@@ -67,15 +68,24 @@ def check_samples(checkpoint: Checkpoint, samples_per_step: Mapping[str, int]) -
             )
 
 
-def load_initial(path: Path, engine: Engine) -> tuple[str, ...]:
+def load_initial(path: Path, engine: Engine, init_with: InitWith = "weights") -> tuple[str, ...]:
     """Start from the weights at `path`: a run folder, a checkpoint, an official .pt or an
     exported encoder.
 
-    Always strict. Returns the parts that were loaded: a file without a predictor leaves ours as
-    initialised. Raises CheckpointError naming each key that does not fit.
+    Always strict. `init_with` optimizer takes AdamW's moments too, which our own checkpoints hold;
+    average starts the encoder from the averaged one. Returns the parts that were loaded: a file
+    without a predictor leaves ours as initialised. Raises CheckpointError naming each key that does
+    not fit.
     """
+    moments = init_with == "optimizer"
+    if moments and not path.is_dir():
+        raise CheckpointError(
+            f"train.init_from {path}: no run folder and no checkpoint, so it holds no moments for "
+            "train.init_with optimizer; weights or average fits"
+        )
     if path.is_dir():
-        loaded = load_checkpoint(latest_checkpoint(path) or path, parts=WEIGHTS).tensors
+        parts = ENGINE if moments else WEIGHTS
+        loaded = load_checkpoint(latest_checkpoint(path) or path, parts=parts).tensors
     elif path.suffix in (".pt", ".pth", ".tar"):
         target, predictor, info = read_official(path)
         loaded = {"target_encoder": target, "encoder": target}
@@ -86,5 +96,7 @@ def load_initial(path: Path, engine: Engine) -> tuple[str, ...]:
     else:
         encoder = read_encoder(path).tensors
         loaded = {"target_encoder": encoder, "encoder": encoder}
+    if init_with == "average":
+        loaded["encoder"] = loaded["target_encoder"]
     engine.load(loaded, f"train.init_from {path}")
     return tuple(loaded)

@@ -35,7 +35,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Jepa:
-    """The three networks and the objective that ties them together."""
+    """The networks and the objective that ties them together.
+
+    `target` is the encoder's moving average. A frozen `teacher` gives the targets in its place,
+    of the blocks `target_levels`, and leaves the average to be kept at the end.
+    """
 
     encoder: Encoder
     predictor: Predictor
@@ -43,6 +47,12 @@ class Jepa:
     objective: Objective
     levels: tuple[int, ...]
     target_levels: tuple[int, ...]
+    teacher: Encoder | None = None
+
+    @property
+    def source(self) -> Encoder:
+        """The network whose features are the targets."""
+        return self.target if self.teacher is None else self.teacher
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ def forward_backward(jepa: Jepa, engine: Engine, batch: MicroBatch) -> LossTerms
 
 def _encode(jepa: Jepa, batch: MicroBatch) -> tuple[list[Tensor], list[Tensor]]:
     with torch.no_grad():
-        targets_MD = jepa.target(batch.clip, levels=jepa.target_levels)
+        targets_MD = jepa.source(batch.clip, levels=jepa.target_levels)
     return targets_MD, jepa.encoder(batch.clip, batch.masks.context, levels=jepa.levels)
 
 

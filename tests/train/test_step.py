@@ -233,14 +233,17 @@ def test_a_wider_frozen_teacher_teaches_its_last_level() -> None:
     predictor = Predictor(
         encoder_width=16, num_levels=1, width=16, depth=1, heads=2, out_width=24, patch=8
     )
-    jepa = Jepa(student, predictor, teacher, Objective((1.0,)), (1,), (2,))
-    engine = TorchEngine(encoder=student, predictor=predictor, target=teacher, follows=False)
+    average = copy.deepcopy(student)
+    jepa = Jepa(student, predictor, average, Objective((1.0,)), (1,), (2,), teacher)
+    engine = TorchEngine(encoder=student, predictor=predictor, target=average)
     before = [p.detach().clone() for p in teacher.parameters()]
     guard = LossGuard(sigma=None, window=4, start=0, device=CPU)
     report = run(jepa, engine, guard, micro_batch())
     assert not report.veto
     assert report.terms[0].predict_terms.shape == (2, 1)
     assert same([p.detach() for p in teacher.parameters()], before)
+    assert not any(p.grad is not None for p in teacher.parameters())
+    assert not same(list(average.parameters()), list(student.parameters()))
 
 
 @pytest.mark.parametrize("context_weight", [0.5, 0.0])
