@@ -87,7 +87,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         jepa = replace(jepa, teacher=_teacher(recipe, resolved, device))
         facts["teacher"] = fingerprint(jepa.source)
         console.say(f"teacher from {recipe.distill.teacher}: {jepa.source.origin}")
-    engine = _engine(recipe, jepa, device, ranks)
+    engine = build_engine(recipe, jepa, device, ranks)
     guard = LossGuard(
         sigma=recipe.guard.sigma,
         window=recipe.guard.window,
@@ -140,7 +140,8 @@ def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:
     ranks.check_same(versions | dict(flat_keys(recipe.model_dump(mode="json"))))
 
 
-def _engine(recipe: Recipe, jepa: Jepa, device: torch.device, ranks: Ranks) -> Engine:
+def build_engine(recipe: Recipe, jepa: Jepa, device: torch.device, ranks: Ranks = ALONE) -> Engine:
+    """The recipe's engine around the networks."""
     own = recipe.engine
     shared: dict[str, Any] = {
         "encoder": jepa.encoder,
@@ -261,6 +262,11 @@ def mask_maker(recipe: Recipe, stream: Stream, rank: int = 0) -> MaskMaker:
         weigh=recipe.objective.dense and recipe.objective.distance_weights,
         offset=recipe.objective.offset,
     )
+
+
+def build_loader(recipe: Recipe, stream: Stream, device: torch.device) -> Loader:
+    """One stream's loader of a process by itself."""
+    return _loader(recipe, stream, _datasets(recipe, stream.modality), device, ALONE)
 
 
 def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Files, float]]:

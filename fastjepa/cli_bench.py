@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fastjepa.cli_arguments import Overrides, RecipePath
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 
 
@@ -127,6 +129,66 @@ def bench_data(
         reference=reference,
         command=" ".join(["fastjepa bench data", *settings]),
         say=lambda line: typer.echo(line, err=True),
+    )
+    if json is not None:
+        results.save(json)
+    typer.echo(as_text(results))
+    if chart is not None:
+        draw(results, chart)
+
+
+@bench_app.command("step")
+def bench_step(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(help="KEY=V1,V2: each value; may be repeated")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="an official V-JEPA 2 checkout, to take turns with")
+    ] = None,
+    reference_dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; on a CPU float32, else the recipe's, if left out"),
+    ] = None,
+    compiled: Annotated[bool, typer.Option(help="measure torch.compile's variants too")] = False,
+    kernels: Annotated[bool, typer.Option(help="count the kernels of a step")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="timed steps of each side")] = 5,
+    json: Annotated[Path | None, typer.Option(help="where to write the figures")] = None,
+    chart: Annotated[Path | None, typer.Option(help="where to draw them, a .png")] = None,
+    trace: Annotated[Path | None, typer.Option(help="a folder for a Chrome trace each")] = None,
+) -> None:
+    """A recipe's whole step, stage by stage, beside an official checkout's: speed, share of the
+    matrix rate, peak memory, loss."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else its profiler says when it starts
+    import torch
+
+    from fastjepa.bench.step_report import as_text, draw
+    from fastjepa.bench_step import Setting, measure
+    from fastjepa.build import DTYPES
+
+    _check_folders(json=json, chart=chart, trace=trace and trace / "x")
+    if reference_dtype not in (None, *DTYPES):
+        raise ValueError(f"--reference-dtype {reference_dtype}: expected {' or '.join(DTYPES)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = [
+        f"{recipe.name} {' '.join(overrides or [])}".rstrip(),
+        *(f"--sweep {one}" for one in sweep or []),
+        *(["--reference PATH"] if reference else []),
+        *([f"--reference-dtype {reference_dtype}"] if reference_dtype else []),
+        *(["--compiled"] if compiled else []),
+        f"--threads {torch.get_num_threads()} --rounds {rounds}",
+    ]
+    results = measure(
+        Setting(recipe, tuple(overrides or []), reference, reference_dtype, compiled),
+        sweep or [],
+        rounds=rounds,
+        command=" ".join(["fastjepa bench step", *settings]),
+        say=lambda line: typer.echo(line, err=True),
+        kernels=kernels,
+        trace=trace,
     )
     if json is not None:
         results.save(json)

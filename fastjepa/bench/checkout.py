@@ -12,9 +12,9 @@ NEEDLESS = ("timm.models.layers", "einops", "torchvision")
 NEEDLESS_FOR_DATA = ("torchvision.io", "torchvision.transforms.functional", "pandas", "cv2")
 
 
-def make_importable(path: Path) -> None:
-    """Let `app.vjepa_2_1` and `src` be imported from a checkout; packages of `NEEDLESS` and
-    `NEEDLESS_FOR_DATA` that cannot be imported are stood in for.
+def make_importable(path: Path, *, data: bool = False) -> None:
+    """Let `app.vjepa_2_1` and `src` be imported from a checkout; packages of `NEEDLESS`, and with
+    `data` of `NEEDLESS_FOR_DATA`, that cannot be imported are stood in for.
 
     Raises ValueError if `path` is no official checkout with V-JEPA 2.1.
     """
@@ -22,9 +22,10 @@ def make_importable(path: Path) -> None:
         raise ValueError(
             f"--reference {path}: expected an official V-JEPA 2 checkout with app/vjepa_2_1"
         )
-    for name in (*NEEDLESS, *NEEDLESS_FOR_DATA):
+    for name in (*NEEDLESS, *(NEEDLESS_FOR_DATA if data else ())):
         _stand_in(name)
-    sys.path.insert(0, str(path))
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
 
 
 def _stand_in(name: str) -> None:

@@ -28,7 +28,7 @@ _LONG = 200_000
 
 def import_data_set(checkout: Path) -> Any:
     """Its module of the data set. Raises ValueError for no checkout, and without decord."""
-    make_importable(checkout)
+    make_importable(checkout, data=True)
     # Composed when the augmentation is made, called only by the automatic one.
     transforms = sys.modules["torchvision.transforms"]
     if not hasattr(transforms, "Compose"):

@@ -108,6 +108,14 @@ def _count(call: Callable[[], object]) -> dict[str, int]:
     return {"triton": launches, "torch": others}
 
 
+def count_step(step: Callable[[], object], *, ours: bool) -> int:
+    """Kernels of a whole step on a CPU. `ours` launches Triton's; the process must have started
+    with its interpreter."""
+    if ours:
+        _make_launches_visible()
+    return sum(_count(step).values())
+
+
 def main(names: list[str]) -> None:
     from fastjepa.bench.shapes import TINY
     from fastjepa.bench.ways import CASES

@@ -67,6 +67,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.backend, self.rope = attention, rope
+        # Whether a CPU takes the hand-written halves where they can work.
+        self.by_hand = True
         self.norm1 = LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width, eps=EPS)
@@ -85,7 +87,7 @@ class Block(nn.Module):
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
         [R, D].
         """
-        by_hand = x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa")
+        by_hand = self.by_hand and x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa")
         if by_hand and self.rope == "interleaved":
             x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
         else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastjepa.checkpoint import load_strict, pack_optimizer, unpack_optimizer
 from fastjepa.objective.health import gradient_norms
+from fastjepa.observe.stages import stage
 from fastjepa.optim.param_groups import param_groups
 from fastjepa.train.ranks import Ranks
 from fastjepa_kernels import ema_update
@@ -146,10 +147,12 @@ class TorchEngine:
 
     def step(self, *, lr: float, weight_decay: float, momentum: float, veto: Tensor) -> None:
         set_schedule(self.optimizer, lr=lr, weight_decay=weight_decay)
-        self.optimizer.found_inf = veto  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        ema_update(*self.ema_pairs, momentum, veto=veto)
+        with stage("optimizer"):
+            self.optimizer.found_inf = veto  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        with stage("EMA"):
+            ema_update(*self.ema_pairs, momentum, veto=veto)
 
     def state(self) -> Parts:
         parts: dict[str, dict[str, Tensor]] = {

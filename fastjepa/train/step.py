@@ -13,6 +13,7 @@ from torch import Tensor
 from fastjepa.masking.batch import Masks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss, mean_of_groups
+from fastjepa.observe.stages import stage
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
 
@@ -87,7 +88,9 @@ def forward_backward(jepa: Jepa, engine: Engine, batch: MicroBatch) -> LossTerms
             found.append(forward(jepa, batch, engine.dtype))
             return found[0].total * batch.share
 
-        engine.backward(engine.forward(loss), last=batch.last)
+        total = engine.forward(loss)
+        with stage("backward"):
+            engine.backward(total, last=batch.last)
         return found[0]
     with engine.autocast():
         targets_MD, levels_RD = _encode(jepa, batch)
@@ -98,16 +101,19 @@ def forward_backward(jepa: Jepa, engine: Engine, batch: MicroBatch) -> LossTerms
     for group, *own_levels in zip(groups, *(leaf.split(rows) for leaf in leaves), strict=True):
         with engine.autocast():
             part = _predict(jepa, batch, group, targets_MD, own_levels, engine.dtype)
-        engine.backward(part.total * (batch.share / len(groups)))
+        with stage("backward"):
+            engine.backward(part.total * (batch.share / len(groups)))
         parts.append(part.detached())
-    torch.autograd.backward(levels_RD, [leaf.grad for leaf in leaves])
+    with stage("backward"):
+        torch.autograd.backward(levels_RD, [leaf.grad for leaf in leaves])
     return mean_of_groups(parts)
 
 
 def _encode(jepa: Jepa, batch: MicroBatch) -> tuple[list[Tensor], list[Tensor]]:
-    with torch.no_grad():
+    with stage("target"), torch.no_grad():
         targets_MD = jepa.source(batch.clip, levels=jepa.target_levels)
-    return targets_MD, jepa.encoder(batch.clip, batch.masks.context, levels=jepa.levels)
+    with stage("context"):
+        return targets_MD, jepa.encoder(batch.clip, batch.masks.context, levels=jepa.levels)
 
 
 def _predict(
@@ -119,21 +125,23 @@ def _predict(
     dtype: torch.dtype,
 ) -> LossTerms:
     grid, image = jepa.encoder.grid(batch.clip), batch.clip.shape[2] == 1
-    predicted_RP, context_RP = jepa.predictor(
-        levels_RD, masks.context, masks.predict, grid, image=image
-    )
-    return dense_loss(
-        jepa.objective,
-        predicted_RP=predicted_RP.to(dtype),
-        context_RP=context_RP.to(dtype),
-        predict_head=jepa.predictor.predictor_proj,
-        context_head=jepa.predictor.predictor_proj_context,
-        targets_MD=targets_MD,
-        predict_groups_BK=masks.predict,
-        context_groups_BK=masks.context,
-        weights_BK=masks.weights,
-        context_weight=batch.context_weight,
-    )
+    with stage("predictor"):
+        predicted_RP, context_RP = jepa.predictor(
+            levels_RD, masks.context, masks.predict, grid, image=image
+        )
+    with stage("loss"):
+        return dense_loss(
+            jepa.objective,
+            predicted_RP=predicted_RP.to(dtype),
+            context_RP=context_RP.to(dtype),
+            predict_head=jepa.predictor.predictor_proj,
+            context_head=jepa.predictor.predictor_proj_context,
+            targets_MD=targets_MD,
+            predict_groups_BK=masks.predict,
+            context_groups_BK=masks.context,
+            weights_BK=masks.weights,
+            context_weight=batch.context_weight,
+        )
 
 
 def train_step(

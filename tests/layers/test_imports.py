@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastjepa.optim": {"fastjepa_kernels"},
     "fastjepa.bench": {
         "fastjepa_kernels", "fastjepa.data", "fastjepa.masking", "fastjepa.model",
-        "fastjepa.observe", "fastjepa.presets",
+        "fastjepa.observe", "fastjepa.presets", "fastjepa.train",
     },
     "fastjepa.features": {
         "fastjepa.checkpoint", "fastjepa.data", "fastjepa.model", "fastjepa.observe",
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 KNOW_THE_RECIPE = {
     "fastjepa.config", "fastjepa.build", "fastjepa.cli", "fastjepa.explain", "fastjepa.estimate",
     "fastjepa.planner",
-    "fastjepa.cli_plan",
+    "fastjepa.cli_plan", "fastjepa.bench_step",
 }  # fmt: skip
 
 # Optional or heavy: in one place, and only when called.

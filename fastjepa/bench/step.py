@@ -1,0 +1,91 @@
+"""Steps of several sides in turn in one process, on the same clips and masks.
+
+    sides = {"ours": step, "official": other}  # each takes a clip and its masks, returns the loss
+    rounds = in_turn(sides, batches)
+
+What is timed as a whole is not watched: stages, bytes and operations come from steps of their own.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastjepa.bench.timing import in_turn as calls_in_turn
+from fastjepa.bench.traffic import Traffic
+from fastjepa.masking.batch import Masks
+from fastjepa.observe.stages import StageClock
+
+Step = Callable[[Tensor, Masks], float]
+ClipAndMasks = tuple[Tensor, Masks]
+
+# Sides of the product whose rate stands for what the device can do.
+_SIDE = {"cuda": 8192, "cpu": 1536}
+# Operations named in a profile, the slowest first.
+_NAMED = 12
+
+
+def in_turn(
+    sides: Mapping[str, Step], batches: Sequence[ClipAndMasks]
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Seconds and losses of each side's step on each batch; on the first, which warms up, the loss
+    alone."""
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
+    for number, (clip, masks) in enumerate(batches):
+        for name, step in sides.items():
+            begin = time.perf_counter()
+            loss = step(clip, masks)  # a float: the device has done its work
+            if number:
+                found[name][0].append(time.perf_counter() - begin)
+            found[name][1].append(loss)
+    return found
+
+
+def stages(step: Step, batch: ClipAndMasks, device: torch.device) -> dict[str, float]:
+    """Seconds of each stage of one step; what lies between them is `other`."""
+    begin = time.perf_counter()
+    with StageClock(device) as clock:
+        step(*batch)
+    whole = time.perf_counter() - begin
+    return clock.seconds | {"other": max(0.0, whole - sum(clock.seconds.values()))}
+
+
+def traffic(step: Step, batch: ClipAndMasks) -> tuple[int, int]:
+    """Operations of one step and the bytes they read and write."""
+    with Traffic() as counter:
+        step(*batch)
+    return counter.operations, counter.bytes
+
+
+def traced(
+    step: Step, batch: ClipAndMasks, device: torch.device, trace: Path | None
+) -> list[tuple[str, int, float]]:
+    """The operations that take longest in one step: name, calls, seconds in all. `trace` is where
+    a Chrome trace goes."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as record:
+        step(*batch)
+    if trace is not None:
+        record.export_chrome_trace(str(trace))
+    on_gpu = device.type == "cuda"
+    rows = [
+        (row.key, row.count, (row.self_device_time_total if on_gpu else row.self_cpu_time_total))
+        for row in record.key_averages()
+    ]
+    rows.sort(key=lambda row: -row[2])
+    return [(name, count, micros / 1e6) for name, count, micros in rows[:_NAMED]]
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a large square product: the best of some rounds."""
+    side = _SIDE[device.type]
+    random = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, device=device, generator=random).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    rounds = calls_in_turn({"product": [lambda: torch.mm(a, b, out=out)]}, device, repeats=5)
+    return 2 * side**3 / min(rounds["product"])

@@ -1,0 +1,137 @@
+"""The figures of `fastjepa bench step`, and their file.
+
+Times are in seconds, sizes in bytes, operations are floating-point ones. `None` was not measured.
+"""
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastjepa.observe.atomic_file import atomic_file
+
+FORMAT = "fastjepa bench step 1"
+OURS, OFFICIAL = "ours", "official"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Live tensors of one side alone: at the height of a step, and between two steps."""
+
+    peak: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """One step's device operations and the bytes they read and write, at the step's own shape;
+    kernels launched, where a GPU counted them or, without one, on a tiny grid of the same depth."""
+
+    operations: int
+    bytes: int
+    kernels: int | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to make the step. `rounds` are seconds of steps that took turns with the other
+    sides', `stages` those of one step stage by stage, timed apart."""
+
+    dtype: str
+    rounds: list[float]
+    losses: list[float]
+    stages: dict[str, float]
+    memory: Memory | None = None
+    counted: Counted | None = None
+    traced: list[tuple[str, int, float]] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.rounds)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting: `changes` are the swept keys; `flops` the model's operations of a mean step,
+    part by part (no recompute); `data` the seconds in which the recipe's workers load a batch."""
+
+    changes: dict[str, str]
+    model: str
+    frames: int
+    crop: int
+    batch: int
+    tokens: int
+    context: tuple[float, ...]
+    predicted: tuple[float, ...]
+    flops: dict[str, int]
+    data: float
+    sides: dict[str, Side]
+    matrix_rates: dict[str, float]
+
+    @property
+    def total_flops(self) -> int:
+        return sum(self.flops.values())
+
+    def clips_per_second(self, side: str) -> float:
+        return self.batch / self.sides[side].seconds
+
+    def utilisation(self, side: str) -> float:
+        """Model operations a second over the rate of a large matrix product in the side's dtype."""
+        own = self.sides[side]
+        return self.total_flops / own.seconds / self.matrix_rates[own.dtype]
+
+    def memory_per_clip(self, side: str) -> float | None:
+        """What a clip adds to what stays between the steps."""
+        memory = self.sides[side].memory
+        return None if memory is None else (memory.peak - memory.kept) / self.batch
+
+    def time_ratio(self, side: str, other: str) -> float:
+        """The median over rounds, in which both took their turn."""
+        pairs = zip(self.sides[side].rounds, self.sides[other].rounds, strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+    def memory_ratio(self, side: str, other: str) -> float | None:
+        ours, theirs = self.sides[side].memory, self.sides[other].memory
+        return None if ours is None or theirs is None else ours.peak / theirs.peak
+
+    def loss_difference(self, side: str, other: str) -> float:
+        """The largest relative difference of a step's loss."""
+        pairs = zip(self.sides[side].losses, self.sides[other].losses, strict=True)
+        return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """All that a run found, and where."""
+
+    command: str
+    commit: str
+    reference: str
+    device: dict[str, Any]
+    versions: dict[str, str]
+    points: list[Point]
+
+    def save(self, path: Path) -> None:
+        """As JSON, with what follows from the figures beside them."""
+        entries = []
+        for point in self.points:
+            entry = asdict(point)
+            entry["total_flops"] = point.total_flops
+            for name, side in entry["sides"].items():
+                side |= {
+                    "seconds": point.sides[name].seconds,
+                    "clips_per_second": point.clips_per_second(name),
+                    "model_flops_utilisation": point.utilisation(name),
+                    "bytes_per_clip": point.memory_per_clip(name),
+                }
+                if OFFICIAL in point.sides and name != OFFICIAL:
+                    side |= {
+                        "time_ratio": point.time_ratio(name, OFFICIAL),
+                        "memory_ratio": point.memory_ratio(name, OFFICIAL),
+                        "loss_relative_difference": point.loss_difference(name, OFFICIAL),
+                    }
+            entries.append(entry)
+        text = json.dumps({"format": FORMAT, **asdict(self), "points": entries}, indent=1)
+        with atomic_file(path) as file:
+            file.write(f"{text}\n".encode())
