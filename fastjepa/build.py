@@ -29,6 +29,7 @@ from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import decode_media
 from fastjepa.data.quarantine import Quarantine
 from fastjepa.distillation import check_teacher, fingerprint, load_teacher
+from fastjepa.evaluation import MOST_FRAMES, OnlineEvaluation, class_folders, moving_digits
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
@@ -126,6 +127,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         max_skips=recipe.guard.max_skips,
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
+        evaluation=_evaluation(recipe, next(iter(streams.values()))),
     )
 
 
@@ -166,6 +168,22 @@ def build_engine(recipe: Recipe, jepa: Jepa, device: torch.device, ranks: Ranks 
         offload=own.offload,
         adamw=own.adamw,
     )
+
+
+def _evaluation(recipe: Recipe, stream: Stream) -> OnlineEvaluation | None:
+    """On clips as the first of the run's streams has them, but not long ones."""
+    own = recipe.evaluate
+    if own.every is None:
+        return None
+    frames = min(stream.frames, MOST_FRAMES)
+    if own.clips is None:
+        labelled = moving_digits(own.count, frames=frames, fps=stream.fps, size=stream.crop)
+    else:
+        labelled = class_folders(
+            own.clips, own.count, frames=frames, fps=stream.fps, size=stream.crop,
+            patch=recipe.model.patch,
+        )  # fmt: skip
+    return OnlineEvaluation(own.every, labelled)
 
 
 def device_of(name: str) -> torch.device:

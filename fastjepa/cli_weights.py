@@ -55,6 +55,28 @@ def features(
         raise typer.Exit(1)
 
 
+def explore(
+    model: Annotated[
+        Path, typer.Argument(help="run folder, checkpoint, .safetensors, official .pt, VJEPA2Model")
+    ],
+    source: Annotated[str, typer.Argument(help="a video or an image")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the .html file to write")],
+    level: Annotated[int | None, typer.Option(help="block index; last if left out")] = None,
+    size: Annotated[int, typer.Option(help="short side in pixels")] = 256,
+    frames: Annotated[int, typer.Option(help="frames of the clip")] = 16,
+    fps: Annotated[float, typer.Option(help="frames a second")] = 4.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Write a page: click a patch, see its similarity to all patches of all frames."""
+    from fastjepa.build import device_of
+    from fastjepa.features.run import explore_file
+    from fastjepa.pretrained import load
+
+    encoder = load(model, device=device_of(device))
+    shape = explore_file(encoder, source, out, level=level, size=size, frames=frames, fps=fps)
+    typer.echo(f"wrote {out} {list(shape)}; open it in a browser")
+
+
 def models(
     path: Annotated[
         str | None, typer.Argument(help="weights to identify; the released ones if left out")

@@ -1,11 +1,13 @@
 """What a run shows at its end: dense features as colours beside the pixels, and the loss curve."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from fastjepa.data.augment import normalise
+from fastjepa.data.augment import as_pixels, normalise
 from fastjepa.features.pca import Palette, colour_spread, picture, sheet
 from fastjepa.observe.plots import loss_curve
 from fastjepa.train.loop import Trainer
@@ -15,31 +17,39 @@ from fastjepa.train.loop import Trainer
 def draw(trainer: Trainer) -> list[tuple[Path, str]]:
     """Write `features.png` and `loss.png` into the run's folder; returns each with a line about it.
 
-    The features are the target encoder's last level (the EMA, which is what a run is for) on the
-    first clip of each length and the first image of the run's own data. All ranks call it, the
-    first one writes.
+    All ranks call it, the first one writes.
     """
-    pictures, spreads = [], []
-    for stream in trainer.loaders:
-        clip = trainer.probe_clip(stream)
-        features = _features(trainer, normalise(clip))
-        palette = Palette.fit(features)
-        pictures.append(
-            picture(clip[0].cpu(), features, palette=palette, title=_caption(clip.shape[2]))
-        )
-        spreads.append(colour_spread(palette.colours(features)))
+    clips = [trainer.probe_clip(stream) for stream in trainer.loaders]
+    features, spread = feature_sheet(trainer, clips)
     if not trainer.engine.ranks.first:
         return []
     features_png, loss_png = trainer.folder / "features.png", trainer.folder / "loss.png"
-    sheet(pictures).save(features_png)
+    features.save(features_png)
     loss_curve(trainer.folder / "metrics.jsonl", loss_png)
     return [
         (
             features_png,
-            f"dense features as colours (spread {min(spreads):.2f}; a uniform colour is 0)",
+            f"dense features as colours (spread {spread:.2f}; a uniform colour is 0)",
         ),
         (loss_png, "loss curve"),
     ]
+
+
+@torch.no_grad()
+def feature_sheet(trainer: Trainer, clips: Iterable[Tensor]) -> tuple[Image.Image, float]:
+    """Clips [1, 3, T, H, W] of the run beside their features as colours, and the least spread.
+
+    The features are the target encoder's last level (the EMA, which is what a run is for). All
+    ranks call it.
+    """
+    pictures, spreads = [], []
+    for clip in clips:
+        features = _features(trainer, normalise(clip))
+        palette = Palette.fit(features)
+        pixels = as_pixels(clip)[0].cpu()
+        pictures.append(picture(pixels, features, palette=palette, title=_caption(clip.shape[2])))
+        spreads.append(colour_spread(palette.colours(features)))
+    return sheet(pictures), min(spreads)
 
 
 def _features(trainer: Trainer, clip: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ _FREE_KEYS = frozenset(
         "engine.timeout",
     }
 )
-_FREE_SECTIONS = ("observe.",)
+_FREE_SECTIONS = ("evaluate.", "observe.")
 _ABSENT = "absent"
 
 

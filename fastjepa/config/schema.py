@@ -311,6 +311,14 @@ class Engine(Section):
         return self
 
 
+class Evaluate(Section):
+    """A k-NN probe and a PCA picture on fixed clips, every so many steps (null: never)."""
+
+    every: Positive | None = None
+    clips: str | None = None
+    count: Annotated[int, Field(ge=20)] = 128
+
+
 class Observe(Section):
     wandb: bool = False
     wandb_project: str = "fastjepa"
@@ -330,4 +338,5 @@ class Recipe(Section):
     guard: Guard = Guard()
     train: Train = Train()
     engine: Engine = Engine()
+    evaluate: Evaluate = Evaluate()
     observe: Observe = Observe()

@@ -52,6 +52,15 @@ def normalise(clip: Tensor) -> Tensor:
     return clip.to(torch.float32).sub_(mean).div_(std)
 
 
+def as_pixels(clip: Tensor) -> Tensor:
+    """Undo `normalise`: uint8 of the same shape and device; a uint8 clip is returned as it is."""
+    if not clip.is_floating_point():
+        return clip
+    mean = torch.tensor(IMAGENET_MEAN, device=clip.device).view(3, 1, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=clip.device).view(3, 1, 1, 1)
+    return ((clip * std + mean) * 255.0).round().clamp(0.0, 255.0).to(torch.uint8)
+
+
 def _resize(frames_THWC: Frame, height: int, width: int, *, antialias: bool, flip: bool) -> Tensor:
     # Channels-last bytes take torch's vectorised path, ten times faster than float32.
     pixels_TCHW = torch.from_numpy(np.ascontiguousarray(frames_THWC)).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""From files to features on disk: `fastjepa features`."""
+"""From files to features on disk, or on a page: `fastjepa features` and `fastjepa explore`."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,6 +13,7 @@ from fastjepa.data.decoder import DecodeError
 from fastjepa.data.files import kind_of
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import load_for_features, stream_for_features
+from fastjepa.features.explorer import write_page
 from fastjepa.features.extract import extract
 from fastjepa.features.pca_video import write_pca_video
 from fastjepa.features.windows import Blend, windows
@@ -56,16 +57,7 @@ def extract_files(
     output that exists.
     """
     chosen = list(encoder.levels[-1:] if levels is None else levels)
-    if not chosen or not set(chosen) <= set(encoder.levels):
-        raise ValueError(f"levels: expected some of {list(encoder.levels)}, got {chosen}")
-    if size % encoder.patch:
-        low = size // encoder.patch * encoder.patch
-        raise ValueError(
-            f"size: {size} is no multiple of the patch {encoder.patch}; "
-            f"{max(low, encoder.patch)} or {low + encoder.patch} fits"
-        )
-    if frames % encoder.tubelet:
-        raise ValueError(f"frames: {frames} is no multiple of the tubelet {encoder.tubelet}")
+    _check(encoder, chosen, size, frames)
     if overlap is not None and (overlap % encoder.tubelet or not 0 <= overlap < frames):
         raise ValueError(
             f"overlap: {overlap}; expected a multiple of the tubelet {encoder.tubelet} from 0 to "
@@ -116,6 +108,53 @@ def extract_files(
         yield Extracted(path, paths, tuple(whole.shape), "")
     for path, reason in failed:
         yield Extracted(path, [], (), reason)
+
+
+def explore_file(
+    encoder: Encoder,
+    source: str,
+    out: Path,
+    *,
+    level: int | None = None,
+    size: int = 256,
+    frames: int = 16,
+    fps: float = 4.0,
+) -> tuple[int, ...]:
+    """Write the similarity explorer of one file as the page `out`; returns its features' shape.
+
+    source: a manifest of one video or image. level: a block index, the last if None. Of a video
+    the first `frames` are read. Raises ValueError for a bad argument, a file that cannot be read
+    and an `out` that exists.
+    """
+    chosen = encoder.levels[-1] if level is None else level
+    _check(encoder, [chosen], size, frames)
+    if out.exists():
+        raise ValueError(f"--out {out}: exists already; choose another name")
+    files = [entry.path for entry in read_manifest(source)]
+    if len(files) != 1:
+        raise ValueError(f"{source}: holds {len(files)} files, expected one video or image")
+    clip = load_for_features(files[0], size, frames, fps, patch=encoder.patch)
+    device = encoder.patch_embed.proj.weight.device
+    with torch.inference_mode():
+        features = encoder.features(normalise(clip.to(device))[None], [chosen])[0][0].float().cpu()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    name, grid = Path(files[0]).name, " x ".join(map(str, features.shape[:3]))
+    about = f"{encoder.origin}, block {chosen}: {grid} patches of {features.shape[3]} channels"
+    write_page(out, clip, features, title=f"Similarity explorer: {name}", about=about)
+    return tuple(features.shape)
+
+
+def _check(encoder: Encoder, levels: Sequence[int], size: int, frames: int) -> None:
+    if not levels or not set(levels) <= set(encoder.levels):
+        raise ValueError(f"levels: expected some of {list(encoder.levels)}, got {list(levels)}")
+    if size % encoder.patch:
+        low = size // encoder.patch * encoder.patch
+        raise ValueError(
+            f"size: {size} is no multiple of the patch {encoder.patch}; "
+            f"{max(low, encoder.patch)} or {low + encoder.patch} fits"
+        )
+    if frames % encoder.tubelet:
+        raise ValueError(f"frames: {frames} is no multiple of the tubelet {encoder.tubelet}")
 
 
 def _video(out: Path, name: str) -> Path:

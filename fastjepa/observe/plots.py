@@ -37,6 +37,7 @@ _PANELS = (
     _Panel("context_weight", "Weight of the context loss", "lambda", measured=False),
     _Panel("feature_std", "Feature std over tokens, by level", "std"),
     _Panel("effective_rank", "Effective rank of features, by level", "rank"),
+    _Panel("probe_knn", "k-NN accuracy of the average, by level", "share", measured=False),
 )
 
 

@@ -10,7 +10,10 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
 
 from fastjepa.observe.atomic_file import atomic_file
 
@@ -23,6 +26,13 @@ class Sink(Protocol):
     def write(self, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Gallery(Protocol):
+    """A sink that shows pictures, too."""
+
+    def picture(self, name: str, picture: Image.Image, step: int) -> None: ...
 
 
 class JsonlSink:
@@ -94,6 +104,11 @@ class TensorBoardSink:
                 self._writer.add_scalar(key, float(value), step)
         self._writer.flush()
 
+    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+        pixels_HWC = np.asarray(picture.convert("RGB"))
+        self._writer.add_image(name, pixels_HWC, step, dataformats="HWC")
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -137,6 +152,11 @@ class WandbSink:
     def write(self, metrics: Metrics) -> None:
         self._run.log(dict(metrics))
 
+    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+        import wandb
+
+        self._run.log({"step": step, name: wandb.Image(picture)})
+
     def close(self) -> None:
         self._run.finish()
 
@@ -170,6 +190,12 @@ class Sinks:
         """Hand one logged step to every sink."""
         for sink in self._sinks:
             sink.write(metrics)
+
+    def picture(self, name: str, picture: Image.Image, step: int) -> None:
+        """Hand a picture of a step to every sink that shows some."""
+        for sink in self._sinks:
+            if isinstance(sink, Gallery):
+                sink.picture(name, picture, step)
 
     def close(self) -> None:
         for sink in self._sinks:

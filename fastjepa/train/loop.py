@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
 from fastjepa.data.augment import normalise
 from fastjepa.data.batch import Batch, BatchSource
@@ -30,6 +31,15 @@ from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
 from fastjepa.train.signals import StopRequest
 from fastjepa.train.state import save
 from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
+
+
+class Evaluation(Protocol):
+    """What a run measures beside its training, after every `every` steps and on all ranks."""
+
+    every: int
+
+    def __call__(self, trainer: "Trainer", /) -> tuple[dict[str, float], Image.Image]:
+        """Metrics for the log, and a picture. It leaves data and random generators alone."""
 
 
 class RunStoppedError(RanksError):
@@ -60,6 +70,7 @@ class Trainer:
     max_skips: int
     step: int = 0
     wandb_project: str | None = None
+    evaluation: Evaluation | None = None
     _bad: list[BadFile] = field(default_factory=list)
 
     def run(self, stop: StopRequest) -> bool:
@@ -88,12 +99,15 @@ class Trainer:
             self.console.start(self.plan.steps, self.step)
             try:
                 while self.step < self.plan.steps and not self._asked_to_stop(stop):
-                    logged = (self.step + 1) % self.log_every == 0 or self.step == 0
+                    evaluated = self._is_evaluated(self.step + 1)
+                    logged = (self.step + 1) % self.log_every == 0 or self.step == 0 or evaluated
                     report = self._train_step(batches, meter, logged)
                     self.step += 1
                     self._share_bad_files()
                     if logged or self.step == self.plan.steps:
                         metrics = self._metrics(report, probe, meter)
+                        if evaluated:
+                            metrics |= self._evaluate(sinks, meter)
                         if sinks is not None:
                             sinks.write(metrics)
                         self.console.update(metrics)
@@ -113,6 +127,17 @@ class Trainer:
             if saved != self.step:
                 self.save()
         return self.step == self.plan.steps
+
+    def _is_evaluated(self, step: int) -> bool:
+        return self.evaluation is not None and step % self.evaluation.every == 0
+
+    def _evaluate(self, sinks: Sinks | None, meter: Throughput) -> dict[str, float]:
+        assert self.evaluation is not None
+        with meter.paused():
+            metrics, picture = self.evaluation(self)
+            if sinks is not None:
+                sinks.picture("features", picture, self.step)
+        return metrics
 
     def save(self) -> None:
         """Write a checkpoint of the present step."""

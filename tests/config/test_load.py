@@ -88,7 +88,9 @@ def test_a_half_life_alone_replaces_the_default_momentum(write):
     )
 
 
-NAMES = "run, model, data, masks, objective, distill, optim, guard, train, engine, observe"
+NAMES = (
+    "run, model, data, masks, objective, distill, optim, guard, train, engine, evaluate, observe"
+)
 
 
 @pytest.mark.parametrize(

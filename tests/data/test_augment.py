@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from fastjepa.data.augment import crop_resize_flip, normalise, resize_for_features
+from fastjepa.data.augment import as_pixels, crop_resize_flip, normalise, resize_for_features
 from fastjepa.data.clip_plan import Box
 
 
@@ -81,3 +81,9 @@ def test_features_keep_the_aspect_in_whole_patches(height: int, width: int, size
 def test_a_size_below_the_patch() -> None:
     with pytest.raises(ValueError, match="size is 8 pixels, expected at least one patch of 16"):
         resize_for_features(_frames(1, 20, 20), 8, 16)
+
+
+def test_pixels_come_back_from_normalised_ones() -> None:
+    clip = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 1, 16, 16)
+    assert torch.equal(as_pixels(normalise(clip)), clip)
+    assert as_pixels(clip) is clip

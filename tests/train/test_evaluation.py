@@ -1,0 +1,130 @@
+"""Evaluation while a run trains: a probe and a picture in the log, and the run as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastjepa.build import build
+from fastjepa.checkpoint import latest_checkpoint, load_checkpoint
+from fastjepa.config.load import load_recipe
+from fastjepa.evaluation import class_folders, moving_digits
+from fastjepa.observe.sinks import read_metrics
+from fastjepa.train.signals import StopRequest
+
+Write = Callable[..., Path]
+EVALUATE = ("evaluate.every=3", "evaluate.count=20")
+# What is measured of the machine, and what is counted from one logged step to the next.
+OTHERWISE = ("_seconds", "_per_second", "data_wait", "memory_gib", "target_drift")
+
+
+def trained(recipe: Path, *changes: str) -> Path:
+    """The folder of a run of six steps."""
+    assert build(load_recipe(recipe, ["train.steps=6", "train.log_every=2", *changes])).run(
+        StopRequest()
+    )
+    return recipe.with_suffix("")
+
+
+def state(folder: Path) -> dict[str, dict[str, Tensor]]:
+    path = latest_checkpoint(folder)
+    assert path is not None
+    return load_checkpoint(path).tensors
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_goes_the_same_way_with_and_without(write_recipe: Write, workers: int) -> None:
+    without = trained(write_recipe("without", workers=workers))
+    evaluated = trained(write_recipe("with", workers=workers), *EVALUATE)
+    wanted, found = state(without), state(evaluated)
+    for part in ("encoder", "predictor", "target_encoder", "optimizer", "rng"):
+        assert all(torch.equal(found[part][n], t) for n, t in wanted[part].items()), part
+    rows = {row["step"]: row for row in read_metrics(evaluated / "metrics.jsonl")}
+    for row in read_metrics(without / "metrics.jsonl"):
+        for key, value in row.items():
+            if not key.endswith(OTHERWISE):
+                assert rows[row["step"]][key] == value, f"{key} at step {row['step']}"
+
+
+def test_probe_and_picture_are_in_the_log_and_in_the_folder(write_recipe: Write) -> None:
+    folder = trained(write_recipe("run"), *EVALUATE)
+    rows = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+    assert set(rows) == {1, 2, 3, 4, 6}
+    for step, row in rows.items():
+        levels = {key for key in row if key.startswith("probe_knn/")}
+        assert levels == ({f"probe_knn/level{i}" for i in range(4)} if step % 3 == 0 else set())
+        assert all(0.0 <= row[key] <= 1.0 for key in levels)
+    files = sorted(path.name for path in (folder / "pictures").iterdir())
+    assert files == ["step-00000003.png", "step-00000006.png"]
+    pixels = np.asarray(Image.open(folder / "pictures" / files[0]).convert("RGB"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    shown = events.Images("features")
+    assert [event.step for event in shown] == [3, 6]
+    assert (shown[0].height, shown[0].width) == pixels.shape[:2]
+    assert {event.step for event in events.Scalars("probe_knn/level3")} == {3, 6}
+
+
+def test_what_it_measures_is_the_average_on_clips_of_known_class(write_recipe: Write) -> None:
+    """By hand: pooled features of the checkpoint's average, each query named by 5 neighbours."""
+    folder = trained(write_recipe("run"), *EVALUATE)
+    trainer = build(load_recipe(write_recipe("run"), ["train.steps=6", "train.log_every=2"]))
+    labelled = moving_digits(20, frames=4, fps=8.0, size=64)
+    assert len(set(labelled.classes.tolist())) > 3
+    from fastjepa.data.augment import normalise
+
+    with torch.no_grad():
+        pooled = torch.cat(
+            [trainer.jepa.target.features(normalise(c)[None], pool="mean") for c in labelled.clips]
+        )
+    bank, queries = torch.nn.functional.normalize(pooled, dim=1).split([10, 10])
+    right = 0
+    for query, wanted in zip(queries, labelled.classes[10:].tolist(), strict=True):
+        likeness = bank @ query
+        votes = [0.0] * 10
+        for place in likeness.argsort(descending=True)[:5].tolist():
+            votes[int(labelled.classes[place])] += float((likeness[place] / 0.07).exp())
+        right += int(votes.index(max(votes)) == wanted)
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    assert last["probe_knn/level3"] == pytest.approx(right / 10)
+
+
+def pictures(folder: Path, count: int) -> Path:
+    """Red and blue squares with noise, a folder for each colour."""
+    generator = np.random.default_rng(0)
+    for channel, name in ((0, "red"), (2, "blue")):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_class_folders_name_their_files(write_recipe: Write, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "colours", 14)
+    labelled = class_folders(str(folder), 24, frames=4, fps=8.0, size=64, patch=16)
+    assert labelled.bank == 12
+    assert labelled.classes.bincount().tolist() == [12, 12]
+    assert labelled.classes[:12].bincount().tolist() == [6, 6]
+    run = trained(write_recipe("run"), *EVALUATE, f"evaluate.clips={folder}")
+    # Colours are told apart by any features.
+    assert read_metrics(run / "metrics.jsonl")[-1]["probe_knn/level3"] == 1.0
+
+
+def test_folders_that_name_nothing_are_refused(write_recipe: Write, tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "colours", 14)
+    one = load_recipe(write_recipe("run"), [*EVALUATE, f"evaluate.clips={folder / 'red'}"])
+    with pytest.raises(ValueError, match=r"evaluate\.clips .* 1 class folder"):
+        build(one)
+
+
+def test_a_run_on_images_alone_is_probed_on_images(write_recipe: Write) -> None:
+    folder = trained(write_recipe("run"), *EVALUATE, "data.video=[]")
+    assert "probe_knn/level3" in read_metrics(folder / "metrics.jsonl")[-1]
