@@ -29,6 +29,9 @@ def features(
     video: Annotated[
         bool, typer.Option("--video", help="an .mp4 of pixels beside features as colours, too")
     ] = False,
+    picture: Annotated[
+        bool, typer.Option("--picture", help="a .png of frames over each level's colours, too")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="replace files that exist")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
@@ -43,7 +46,8 @@ def features(
         encoder, sources, out,
         levels=None if levels is None else _numbers("--levels", levels),
         size=size, frames=frames, fps=fps, batch=batch, form=format,  # type: ignore[arg-type]
-        overlap=overlap, video=video, overwrite=overwrite, device=device_of(device),
+        overlap=overlap, video=video, picture=picture, overwrite=overwrite,
+        device=device_of(device),
     ):  # fmt: skip
         if found.paths:
             written = ", ".join(map(str, found.paths))

@@ -3,7 +3,7 @@
 Shapes: T frames or T' feature steps, H and W pixels or H' and W' grid cells, D channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +86,7 @@ def colour_spread(colours: Tensor) -> float:
 
 def picture(
     clip_u8_3THW: Tensor,
-    features_THWD: Tensor,
+    features_THWD: Tensor | Mapping[str, Tensor],
     *,
     palette: Palette | None = None,
     title: str = "",
@@ -96,46 +96,54 @@ def picture(
     """A strip of a clip's frames with the colours of their features underneath, step by step.
 
     Takes uint8 RGB `[3, T, H, W]` (an image is T = 1) and features `[T', H', W', D]`, T a
-    multiple of T'. Of more than `columns` steps, evenly spaced ones are shown, each with its
-    first frame. `cell` is about the longer side of a frame in pixels, rounded so that every grid
-    cell is a whole square. Without `palette` the clip gets its own. Raises ValueError on other
-    shapes or dtypes.
+    multiple of T', or several of one grid by name, a row of colours for each. Of more than
+    `columns` steps, evenly spaced ones are shown, each with its first frame. `cell` is about the
+    longer side of a frame in pixels, rounded so that every grid cell is a whole square. Without
+    `palette` each row gets its own. Raises ValueError on other shapes or dtypes.
     """
+    named = features_THWD if isinstance(features_THWD, Mapping) else {"": features_THWD}
     if clip_u8_3THW.ndim != 4 or clip_u8_3THW.shape[0] != 3 or clip_u8_3THW.dtype != torch.uint8:
         raise ValueError(
             f"picture: expected a clip uint8 [3, T, H, W], found {clip_u8_3THW.dtype} "
             f"{tuple(clip_u8_3THW.shape)}"
         )
     frames = clip_u8_3THW.shape[1]
-    if features_THWD.ndim != 4 or frames % features_THWD.shape[0]:
+    grids = {x.shape[:3] for x in named.values()}
+    if len(grids) != 1 or any(x.ndim != 4 or frames % x.shape[0] for x in named.values()):
         raise ValueError(
             f"picture: expected features [T', H', W', D] whose T' divides {frames} frames, found "
-            f"{tuple(features_THWD.shape)}"
+            f"{', '.join(str(tuple(x.shape)) for x in named.values())}"
         )
-    steps, rows, cols, _ = features_THWD.shape
+    ((steps, rows, cols),) = grids
     stride = frames // steps
-    colours_THW3 = (palette or Palette.fit(features_THWD)).colours(features_THWD)
+    colours_THW3 = [(palette or Palette.fit(x)).colours(x) for x in named.values()]
     scale = max(1, round(cell / max(rows, cols)))
     size = (cols * scale, rows * scale)
     shown = _evenly(steps, columns)
 
     font = ImageFont.load_default(_TEXT)
     head = _TEXT + 2 * _GAP if title else _GAP
-    width = _GAP + len(shown) * (size[0] + _GAP)
-    height = head + 2 * (size[1] + _GAP) + _TEXT + _GAP
+    aside = max(round(font.getlength(name)) + _GAP if name else 0 for name in named)
+    width = aside + _GAP + len(shown) * (size[0] + _GAP)
+    height = head + (1 + len(named)) * (size[1] + _GAP) + _TEXT + _GAP
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
     if title:
         draw.text((_GAP, _GAP), title, fill=_INK, font=font)
     for column, step in enumerate(shown):
-        left = _GAP + column * (size[0] + _GAP)
+        left = aside + _GAP + column * (size[0] + _GAP)
         frame = clip_u8_3THW[:, step * stride].permute(1, 2, 0).cpu().numpy()
         canvas.paste(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS), (left, head))
-        grid = Image.fromarray(colours_THW3[step].numpy())
-        below = head + size[1] + _GAP
-        canvas.paste(grid.resize(size, Image.Resampling.NEAREST), (left, below))
+        below = head
+        for colours in colours_THW3:
+            below += size[1] + _GAP
+            grid = Image.fromarray(colours[step].numpy())
+            canvas.paste(grid.resize(size, Image.Resampling.NEAREST), (left, below))
         caption = "image" if frames == 1 else f"frame {step * stride}"
         draw.text((left, below + size[1] + 2), caption, fill=_INK, font=font)
+    for number, name in enumerate(named, start=1):
+        middle = head + number * (size[1] + _GAP) + (size[1] - _TEXT) // 2
+        draw.text((_GAP, middle), name, fill=_INK, font=font)
     return canvas
 
 

@@ -15,10 +15,12 @@ from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import load_for_features, stream_for_features
 from fastjepa.features.explorer import write_page
 from fastjepa.features.extract import extract
+from fastjepa.features.pca import picture as pca_picture
 from fastjepa.features.pca_video import write_pca_video
 from fastjepa.features.windows import Blend, windows
 from fastjepa.features.writer import FeatureWriter, Form
 from fastjepa.model import Encoder
+from fastjepa.observe.atomic_file import atomic_file
 
 
 class Extracted(NamedTuple):
@@ -43,6 +45,7 @@ def extract_files(
     form: Form = "safetensors",
     overlap: int | None = None,
     video: bool = False,
+    picture: bool = False,
     overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[Extracted]:
@@ -52,7 +55,8 @@ def extract_files(
     indices, the last if None. size: short side in pixels, any multiple of the patch. Of a video
     the first `frames` are read, or, with an `overlap` in frames, all of it in windows of `frames`
     that overlap and are blended. `video` adds `NAME.pca.mp4` for each video: pixels beside
-    features of the last of `levels` as colours. A file that cannot be read is yielded with its
+    features of the last of `levels` as colours; `picture` adds `NAME.pca.png`: of the first
+    `frames`, a row of colours for each level. A file that cannot be read is yielded with its
     reason and no paths, last. Raises ValueError for a bad argument, a manifest that is none, or an
     output that exists.
     """
@@ -71,6 +75,8 @@ def extract_files(
         writer.check(name, chosen)
         if video:
             writer.check_file(_video(out, name))
+        if picture:
+            writer.check_file(_picture(out, name))
     failed = [(path, f"{path}: {why}") for manifest in manifests for path, why in manifest.bad]
     blends = {name: Blend() for name in names}
 
@@ -105,6 +111,13 @@ def extract_files(
             shown = pictures if overlap is not None else islice(pictures, frames)
             write_pca_video(_video(out, name), shown, whole, fps=fps, tubelet=encoder.tubelet)
             paths.append(_video(out, name))
+        if picture:
+            clip = load_for_features(path, size, frames, fps, patch=encoder.patch)
+            steps = max(1, clip.shape[1] // encoder.tubelet)
+            rows = {f"block {level}": features[level][:steps] for level in chosen}
+            with atomic_file(_picture(out, name)) as file:
+                pca_picture(clip, rows).save(file, format="png", optimize=True)
+            paths.append(_picture(out, name))
         yield Extracted(path, paths, tuple(whole.shape), "")
     for path, reason in failed:
         yield Extracted(path, [], (), reason)
@@ -159,6 +172,10 @@ def _check(encoder: Encoder, levels: Sequence[int], size: int, frames: int) -> N
 
 def _video(out: Path, name: str) -> Path:
     return out / f"{name}.pca.mp4"
+
+
+def _picture(out: Path, name: str) -> Path:
+    return out / f"{name}.pca.png"
 
 
 def _names(files: Sequence[str]) -> dict[str, str]:

@@ -155,3 +155,22 @@ def test_features_that_do_not_fit_the_clip_are_refused(
 def test_a_clip_of_floats_is_refused() -> None:
     with pytest.raises(ValueError, match=r"uint8 \[3, T, H, W\], found torch.float32"):
         picture(clip(2).float(), features(2, 2, 2, 8))
+
+
+def test_levels_are_rows_of_their_own_colours_with_their_names_aside() -> None:
+    levels = {"block 2": features(4, 2, 2, 8), "block 5": features(4, 2, 2, 6, seed=1)}
+    image = picture(clip(8), levels, cell=20)
+    plain = picture(clip(8), levels["block 2"], cell=20)
+    pixels, aside = np.asarray(image), image.width - plain.width
+    assert image.height == plain.height + 26
+    assert (pixels[58:78, :aside] < 128).any()  # a name, in ink
+    for row, x_THWD in enumerate(levels.values(), start=1):
+        expected = colours(x_THWD)
+        for step in range(4):
+            place = pixels[6 + 26 * row :, aside + 6 + 26 * step :][:20:10, :20:10]
+            assert (place == expected[step].numpy()).all()
+
+
+def test_levels_of_different_grids_are_refused() -> None:
+    with pytest.raises(ValueError, match="divides"):
+        picture(clip(8), {"a": features(4, 2, 2, 8), "b": features(4, 3, 2, 8)})

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from fastjepa.checkpoint import EncoderSizes, write_encoder
@@ -13,6 +14,7 @@ from fastjepa.data.augment import normalise
 from fastjepa.data.decode_pyav import decode_clip
 from fastjepa.data.encode import write_video
 from fastjepa.data.media import load_for_features, stream_for_features
+from fastjepa.features.pca import picture as pca_picture
 from fastjepa.features.pca_video import write_pca_video
 from fastjepa.features.run import extract_files
 from fastjepa.model import Encoder
@@ -179,3 +181,27 @@ def test_bad_options_are_named(
     encoder = load(exported)
     with pytest.raises(ValueError, match=words):
         list(extract_files(encoder, [VIDEO], tmp_path / "out", **option))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("overlap", [None, 2])
+def test_a_picture_has_a_row_for_each_level(
+    exported: Path, tmp_path: Path, overlap: int | None
+) -> None:
+    found = list(
+        extract_files(
+            load(exported), [VIDEO, IMAGE], tmp_path / "out", levels=[1, 3], size=64, frames=4,
+            fps=2.0, overlap=overlap, picture=True,
+        )
+    )  # fmt: skip
+    assert {p.name for one in found for p in one.paths if p.suffix == ".png"} == {
+        "bikes.pca.png", "china.pca.png"
+    }  # fmt: skip
+    for one in found:
+        (path,) = (p for p in one.paths if p.suffix == ".png")
+        features = load_file(one.paths[0])
+        clip = load_for_features(one.source, 64, 4, 2.0)
+        steps = max(1, clip.shape[1] // 2)
+        rows = {f"block {level}": features[f"level{level}"][:steps] for level in (1, 3)}
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(pca_picture(clip, rows)))
+    with pytest.raises(ValueError, match="exists"):
+        list(extract_files(load(exported), [VIDEO], tmp_path / "out", form="npy", picture=True))
