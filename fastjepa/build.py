@@ -7,7 +7,7 @@ reads it.
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
+from fastjepa.presets import EncoderSize
 from fastjepa.train.engine import Engine, TorchEngine
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine
 from fastjepa.train.guard import LossGuard
@@ -85,7 +86,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         "predictor": asdict(resolved.predictor),
     }
     if recipe.distill is not None:
-        jepa = replace(jepa, teacher=_teacher(recipe, resolved, device))
+        jepa.source.to(device)
         facts["teacher"] = fingerprint(jepa.source)
         console.say(f"teacher from {recipe.distill.teacher}: {jepa.source.origin}")
     engine = build_engine(recipe, jepa, device, ranks)
@@ -216,10 +217,8 @@ def encoder_sizes(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
 
 
 def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa:
-    """Context encoder, predictor and target encoder (a copy of the first), with their objective.
-
-    Where a teacher gives the targets the predictor is of its width; it is to be added then.
-    """
+    """Context encoder, predictor, target encoder (a copy of the first) and the teacher, if there
+    is one, with their objective."""
     shared: dict[str, Any] = {
         "checkpointing": recipe.model.checkpointing,
         "attention": recipe.model.attention,
@@ -248,18 +247,19 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         exponent=recipe.objective.loss_exp,
         normalize_prediction=recipe.objective.normalize_predictor,
     )
-    target_levels = levels if resolved.teacher is None else resolved.teacher.levels
-    return Jepa(encoder, predictor, target, objective, levels, target_levels)
+    if resolved.teacher is None:
+        return Jepa(encoder, predictor, target, objective, levels, levels)
+    teacher = _teacher(recipe, resolved.teacher, device)
+    return Jepa(encoder, predictor, target, objective, levels, resolved.teacher.levels, teacher)
 
 
-def _teacher(recipe: Recipe, resolved: Resolved, device: torch.device) -> Encoder:
+def _teacher(recipe: Recipe, size: EncoderSize, device: torch.device) -> Encoder:
     """Whole on every rank; in float32 where the target is, else in the working dtype."""
     assert recipe.distill is not None
-    assert resolved.teacher is not None
     sharded = recipe.engine.kind == "deepspeed"
     return load_teacher(
         recipe.distill.teacher,
-        resolved.teacher,
+        size,
         patch=recipe.model.patch,
         tubelet=recipe.model.tubelet,
         device=device,

@@ -11,6 +11,7 @@ from torch import nn
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.health import (
     effective_rank,
+    feature_norm,
     feature_std,
     gradient_norms,
     part_of,
@@ -26,6 +27,16 @@ def test_feature_std_is_taken_over_tokens_and_averaged_over_channels() -> None:
     assert not std.requires_grad
     assert std.item() == 0.5
     assert feature_std(torch.ones(2, 5, 7, dtype=torch.bfloat16)).item() == 0.0
+
+
+def test_feature_norm_is_a_tokens_length_on_average() -> None:
+    x_BND = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[0.0, 1.0], [6.0, 8.0]]], requires_grad=True)
+    norm = feature_norm(x_BND)
+    assert norm.shape == ()
+    assert not norm.requires_grad
+    assert norm.item() == 4.0
+    with pytest.raises(ValueError, match="tokens, channels"):
+        feature_norm(torch.zeros(0, 3))
 
 
 @given(st.integers(1, 12))

@@ -71,6 +71,18 @@ def test_probe_and_picture_are_in_the_log_and_in_the_folder(write_recipe: Write)
     assert {event.step for event in events.Scalars("probe_knn/level3")} == {3, 6}
 
 
+def test_collapse_would_show_in_every_logged_step_without_it(write_recipe: Write) -> None:
+    """Rank of the features, their deviation at each level, deviation and length of the targets."""
+    folder = trained(write_recipe("run"))
+    for row in read_metrics(folder / "metrics.jsonl"):
+        assert 1.0 <= row["effective_rank/level3"] <= 48.0
+        for level in range(4):
+            assert row[f"feature_std/level{level}"] > 0.0
+            assert row[f"target_std/level{level}"] > 0.0
+            # Of normed features of width 48, whose norms have only begun to learn.
+            assert row[f"target_norm/level{level}"] == pytest.approx(48**0.5, rel=0.1)
+
+
 def test_what_it_measures_is_the_average_on_clips_of_known_class(write_recipe: Write) -> None:
     """By hand: pooled features of the checkpoint's average, each query named by 5 neighbours."""
     folder = trained(write_recipe("run"), *EVALUATE)
