@@ -128,7 +128,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         max_skips=recipe.guard.max_skips,
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
-        evaluation=_evaluation(recipe, next(iter(streams.values()))),
+        evaluation=_evaluation(recipe, next(iter(resolved.streams.values()))),
     )
 
 
