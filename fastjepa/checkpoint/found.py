@@ -68,13 +68,16 @@ def read_encoder(path: Path) -> FoundEncoder:
 def read_networks(path: Path) -> tuple[dict[str, dict[str, Tensor]], FoundEncoder]:
     """Every network in `path` under the released names of the parts, and the encoder to use.
 
-    `target_encoder` (or `ema_encoder`), `encoder` and `predictor`, as far as they are there. Takes
-    the same places as `read_encoder`, and raises CheckpointError as it does.
+    `target_encoder` (`ema_encoder` of a distilled student), `encoder` and `predictor`, as far as
+    they are there. Takes the same places as `read_encoder`, and raises CheckpointError as it does.
     """
     found = read_encoder(path)
     networks = {_PART: found.tensors}
     if found.kind == "checkpoint":
-        networks |= load_checkpoint(found.path, parts=("encoder", "predictor")).tensors
+        checkpoint = load_checkpoint(found.path, parts=("encoder", "predictor"))
+        networks |= checkpoint.tensors
+        if "teacher" in checkpoint.state:
+            networks["ema_encoder"] = networks.pop(_PART)
     if found.kind == "huggingface":
         networks["predictor"] = read_huggingface(found.path)[2]
     if found.kind == "official":

@@ -12,6 +12,7 @@ from fastjepa.build import build
 from fastjepa.checkpoint import latest_checkpoint, load_checkpoint, write_encoder
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
+from fastjepa.convert import convert
 from fastjepa.estimate import estimate
 from fastjepa.model import Encoder
 from fastjepa.observe.sinks import read_metrics
@@ -80,6 +81,19 @@ def test_the_teacher_stays_and_the_average_of_the_student_is_kept(
     assert torch.equal(
         kept.patch_embed.proj.weight, saved["target_encoder"]["patch_embed.proj.weight"]
     )
+
+
+def test_it_is_exported_as_the_released_students_are(write_recipe: Write, tmp_path: Path) -> None:
+    file = teacher(tmp_path / "teacher.safetensors")
+    trained(write_recipe("run"), *overrides(file, steps=2))
+    convert(tmp_path / "run", "official", tmp_path / "student.pt")
+    official = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert {"ema_encoder", "encoder", "predictor"} <= official.keys()
+    assert "target_encoder" not in official
+    loaded, kept = fastjepa.load(tmp_path / "student.pt"), fastjepa.load(tmp_path / "run")
+    assert "ema_encoder" in loaded.origin
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
 def test_its_log_has_the_teachers_level_and_no_drift(write_recipe: Write, tmp_path: Path) -> None:
