@@ -12,6 +12,7 @@ import typer
 from fastjepa.cli_arguments import Overrides, RecipePath
 from fastjepa.cli_bench import bench_app
 from fastjepa.cli_plan import plan
+from fastjepa.cli_probe import probe_app
 from fastjepa.cli_weights import explore, export, features, models
 from fastjepa.indexing import index
 
@@ -24,6 +25,7 @@ app.add_typer(config_app, name="config")
 synth_app = typer.Typer(no_args_is_help=True, help="Write labelled synthetic videos.")
 app.add_typer(synth_app, name="synth")
 app.add_typer(bench_app, name="bench")
+app.add_typer(probe_app, name="probe")
 for command in (features, explore, models, export, index, plan):
     app.command()(command)
 

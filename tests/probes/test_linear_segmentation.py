@@ -3,14 +3,8 @@
 import torch
 
 from fastjepa.probes.confusion import mean_iou
-from fastjepa.probes.linear_segmentation import (
-    Labelled,
-    PatchLinear,
-    count,
-    in_memory,
-    segmentation_loss,
-    segmentation_sweep,
-)
+from fastjepa.probes.linear_segmentation import count, segmentation_loss, segmentation_sweep
+from fastjepa.probes.patch_linear import Labelled, PatchLinear, in_memory
 from fastjepa.probes.sweep import Samples, Setting
 
 

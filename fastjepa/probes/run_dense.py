@@ -1,0 +1,207 @@
+"""A value for every pixel from frozen features: `fastjepa probe segmentation` and `probe depth`.
+
+Pictures go through the image tokenizer. The learning rate and weight decay are chosen on a held-out
+part of the training pictures; the test pictures are looked at with what was chosen, and with every
+setting for the table.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastjepa.model import Encoder
+from fastjepa.probes import linear_depth, linear_segmentation
+from fastjepa.probes.confusion import IGNORED, class_ious, mean_iou
+from fastjepa.probes.feature_store import FeatureStore, View, weights_digest
+from fastjepa.probes.label_pictures import read_depth, read_mask
+from fastjepa.probes.labelled_files import Pairs, held_out, read_pairs
+from fastjepa.probes.linear_depth import depth_errors, depth_sweep
+from fastjepa.probes.linear_segmentation import count, segmentation_sweep
+from fastjepa.probes.patch_linear import Labelled
+from fastjepa.probes.report import Result, progress
+from fastjepa.probes.sweep import Samples, Setting, Sweep
+
+
+class _Parts(NamedTuple):
+    """Samples to fit on, to choose on, and to test on; the files left out; a name for all this."""
+
+    fit: Samples[Labelled]
+    choose: Samples[Labelled]
+    test: Samples[Labelled]
+    skipped: dict[str, str]
+    name: str
+
+
+def probe_segmentation(
+    encoder: Encoder,
+    train: str,
+    test: str,
+    out: Path,
+    view: View,
+    *,
+    weights: str,
+    num_classes: int | None = None,
+    settings: Sequence[Setting] = linear_segmentation.SETTINGS,
+    epochs: int = 10,
+    head_batch: int = 16,
+    holdout: float = 0.1,
+    batch: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Linear segmentation, labels in `masks/`. Writes `out/segmentation.json`.
+
+    num_classes: the largest class of the training masks + 1 if None. A killed probe goes on from
+    the last epoch, in `out/heads`. Raises ValueError for data or a view that does not fit.
+    """
+    pairs = read_pairs(train, "masks"), read_pairs(test, "masks")
+    classes = num_classes or _num_classes(pairs[0])
+    parts = _parts(encoder, pairs, out, view, read_mask, holdout, batch, seed, device)
+    sweep = segmentation_sweep(
+        encoder.width, classes, settings=settings, epochs=epochs, batch=head_batch, seed=seed,
+        device=device,
+    )  # fmt: skip
+    _train(sweep, parts, out / "heads" / f"segmentation-{parts.name}.safetensors", epochs)
+    best, on_held = sweep.best(lambda head: mean_iou(count(head, parts.choose, classes)))
+    counts = [count(head, parts.test, classes) for head in sweep.heads]
+    ious = class_ious(counts[best])
+    result = Result(
+        probe="segmentation",
+        weights=weights,
+        setup={"train": train, "test": test, **asdict(view), "classes": classes,
+               "epochs": epochs, "head_batch": head_batch, "holdout": holdout, "seed": seed},
+        scores={"miou": mean_iou(counts[best])},
+        chosen=sweep.settings[best]._asdict(),
+        candidates=[
+            {**setting._asdict(), "held_out": held, "test": mean_iou(tested)}
+            for setting, held, tested in zip(sweep.settings, on_held, counts, strict=True)
+        ],
+        parts={
+            f"class {number}": {"iou": float(iou)}
+            for number, iou in enumerate(ious) if not iou.isnan()
+        },
+        skipped=parts.skipped,
+    )  # fmt: skip
+    result.save(out / "segmentation.json")
+    return result
+
+
+def probe_depth(
+    encoder: Encoder,
+    train: str,
+    test: str,
+    out: Path,
+    view: View,
+    *,
+    weights: str,
+    low: float = 0.001,
+    high: float = 10.0,
+    unit: float = 0.001,
+    settings: Sequence[Setting] = linear_depth.SETTINGS,
+    epochs: int = 10,
+    head_batch: int = 16,
+    holdout: float = 0.1,
+    batch: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Result:
+    """Linear depth from `low` to `high` metres, labels in `depths/`. Writes `out/depth.json`.
+
+    unit: metres of a label picture's 1. Goes on and raises as `probe_segmentation`.
+    """
+    pairs = read_pairs(train, "depths"), read_pairs(test, "depths")
+    sweep = depth_sweep(
+        encoder.width, low, high, settings=settings, epochs=epochs, batch=head_batch, seed=seed,
+        device=device,
+    )  # fmt: skip
+
+    def read(path: str) -> Tensor:
+        return read_depth(path, unit)
+
+    parts = _parts(encoder, pairs, out, view, read, holdout, batch, seed, device)
+    name = f"depth-{parts.name}-{low:g}-{high:g}-{unit:g}.safetensors"
+    _train(sweep, parts, out / "heads" / name, epochs)
+    best, on_held = sweep.best(lambda head: -depth_errors(head, parts.choose, low, high).rmse)
+    tested = [depth_errors(head, parts.test, low, high) for head in sweep.heads]
+    result = Result(
+        probe="depth",
+        weights=weights,
+        setup={"train": train, "test": test, **asdict(view), "low": low, "high": high,
+               "unit": unit, "epochs": epochs, "head_batch": head_batch, "holdout": holdout,
+               "seed": seed},
+        scores=tested[best]._asdict(),
+        chosen=sweep.settings[best]._asdict(),
+        candidates=[
+            {**setting._asdict(), "held_out": -held, "test": errors.rmse}
+            for setting, held, errors in zip(sweep.settings, on_held, tested, strict=True)
+        ],
+        skipped=parts.skipped,
+    )  # fmt: skip
+    result.save(out / "depth.json")
+    return result
+
+
+def _parts(
+    encoder: Encoder,
+    pairs: tuple[Pairs, Pairs],
+    out: Path,
+    view: View,
+    read: Callable[[str], Tensor],
+    holdout: float,
+    batch: int,
+    seed: int,
+    device: torch.device | str,
+) -> _Parts:
+    view.check(encoder)
+    digest = weights_digest(encoder)
+    encoder.to(device)
+    stores = []
+    for name, own in zip(("training", "test"), pairs, strict=True):
+        store = FeatureStore(out / "features", own.paths, view, digest)
+        with progress(f"features, {name} pictures", len(own.paths)) as advance:
+            store.fill(encoder, batch=batch, device=device, advance=advance)
+        if not store.good:
+            raise ValueError(f"no {name} picture can be read: {next(iter(store.bad.values()))}")
+        stores.append(store)
+
+    def samples(which: int, numbers: list[int]) -> Samples[Labelled]:
+        def fetch(index: Tensor) -> Labelled:
+            chosen = [numbers[int(i)] for i in index]
+            return Labelled(
+                [stores[which][i][0].float().to(device) for i in chosen],
+                [read(pairs[which].labels[i]).to(device) for i in chosen],
+            )
+
+        return Samples(len(numbers), fetch)
+
+    good = stores[0].good
+    fit, choose = held_out(len(good), holdout, seed)
+    return _Parts(
+        samples(0, [good[i] for i in fit]),
+        samples(0, [good[i] for i in choose]),
+        samples(1, stores[1].good),
+        {store.paths[i]: why for store in stores for i, why in store.bad.items()},
+        stores[0].name,
+    )
+
+
+def _train(sweep: Sweep[Any], parts: _Parts, file: Path, epochs: int) -> None:
+    with progress("training heads", epochs) as advance:
+        sweep.train(parts.fit, file=file, say=lambda epoch, losses: advance())
+
+
+def _num_classes(pairs: Pairs) -> int:
+    """One more than the largest class of all masks."""
+    largest = -1
+    for path in pairs.labels:
+        mask = read_mask(path)
+        known = mask[mask != IGNORED]
+        if known.numel():
+            largest = max(largest, int(known.max()))
+    if largest < 0:
+        raise ValueError(f"masks: no pixel of {len(pairs.labels)} training masks has a class")
+    return largest + 1
