@@ -18,6 +18,9 @@ def features(
     size: Annotated[int, typer.Option(help="short side in pixels")] = 256,
     frames: Annotated[int, typer.Option(help="frames of a video's clip")] = 16,
     fps: Annotated[float, typer.Option(help="frames a second")] = 4.0,
+    start: Annotated[
+        float, typer.Option(help="where the clip begins: 0 to 1, which is as late as it fits")
+    ] = 0.0,
     batch: Annotated[int, typer.Option(help="files at once")] = 4,
     format: Annotated[str, typer.Option(help="safetensors, npy or zarr")] = "safetensors",
     overlap: Annotated[
@@ -45,7 +48,7 @@ def features(
     for found in extract_files(
         encoder, sources, out,
         levels=None if levels is None else _numbers("--levels", levels),
-        size=size, frames=frames, fps=fps, batch=batch, form=format,  # type: ignore[arg-type]
+        size=size, frames=frames, fps=fps, start=start, batch=batch, form=format,  # type: ignore[arg-type]
         overlap=overlap, video=video, picture=picture, overwrite=overwrite,
         device=device_of(device),
     ):  # fmt: skip
@@ -69,6 +72,9 @@ def explore(
     size: Annotated[int, typer.Option(help="short side in pixels")] = 256,
     frames: Annotated[int, typer.Option(help="frames of the clip")] = 16,
     fps: Annotated[float, typer.Option(help="frames a second")] = 4.0,
+    start: Annotated[
+        float, typer.Option(help="where the clip begins: 0 to 1, which is as late as it fits")
+    ] = 0.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Write a page: click a patch, see its similarity to all patches of all frames."""
@@ -77,7 +83,9 @@ def explore(
     from fastjepa.pretrained import load
 
     encoder = load(model, device=device_of(device))
-    shape = explore_file(encoder, source, out, level=level, size=size, frames=frames, fps=fps)
+    shape = explore_file(
+        encoder, source, out, level=level, size=size, frames=frames, fps=fps, start=start
+    )
     typer.echo(f"wrote {out} {list(shape)}; open it in a browser")
 
 

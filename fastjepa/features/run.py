@@ -1,7 +1,6 @@
 """From files to features on disk, or on a page: `fastjepa features` and `fastjepa explore`."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,9 @@ from fastjepa.features.writer import FeatureWriter, Form
 from fastjepa.model import Encoder
 from fastjepa.observe.atomic_file import atomic_file
 
+# About the longer side of a frame in a picture, in pixels.
+_CELL = 240
+
 
 class Extracted(NamedTuple):
     """One file's outcome: what was written and the shape, or why it could not be read."""
@@ -41,6 +43,7 @@ def extract_files(
     size: int = 256,
     frames: int = 16,
     fps: float = 4.0,
+    start: float = 0.0,
     batch: int = 4,
     form: Form = "safetensors",
     overlap: int | None = None,
@@ -51,17 +54,18 @@ def extract_files(
 ) -> Iterator[Extracted]:
     """Write dense features `[T', H', W', D]` of every file; yields an `Extracted` each.
 
-    sources: manifests as in a recipe. levels: block
-    indices, the last if None. size: short side in pixels, any multiple of the patch. Of a video
-    the first `frames` are read, or, with an `overlap` in frames, all of it in windows of `frames`
-    that overlap and are blended. `video` adds `NAME.pca.mp4` for each video: pixels beside
-    features of the last of `levels` as colours; `picture` adds `NAME.pca.png`: of the first
-    `frames`, a row of colours for each level. A file that cannot be read is yielded with its
-    reason and no paths, last. Raises ValueError for a bad argument, a manifest that is none, or an
-    output that exists.
+    sources: manifests as in a recipe. levels: block indices, the last if None. size: short side in
+    pixels, any multiple of the patch. Of a video `frames` are read from `start` on (0 to 1, which
+    is as late as they fit), or, with an `overlap` in frames, all of it in windows of `frames` that
+    overlap and are blended. `video` adds `NAME.pca.mp4` for each video: pixels beside features of
+    the last of `levels` as colours; `picture` adds `NAME.pca.png`: of `frames` frames, a row of
+    colours for each level. A file that cannot be read is yielded with its reason and no paths,
+    last. Raises ValueError for a bad argument, a manifest that is none, or an output that exists.
     """
     chosen = list(encoder.levels[-1:] if levels is None else levels)
-    _check(encoder, chosen, size, frames)
+    _check(encoder, chosen, size, frames, start)
+    if overlap is not None and start:
+        raise ValueError(f"start: {start:g}, but with an overlap the whole video is read")
     if overlap is not None and (overlap % encoder.tubelet or not 0 <= overlap < frames):
         raise ValueError(
             f"overlap: {overlap}; expected a multiple of the tubelet {encoder.tubelet} from 0 to "
@@ -80,9 +84,12 @@ def extract_files(
     failed = [(path, f"{path}: {why}") for manifest in manifests for path, why in manifest.bad]
     blends = {name: Blend() for name in names}
 
+    def first_clip(path: str) -> Tensor:
+        return load_for_features(path, size, frames, fps, patch=encoder.patch, start_fraction=start)
+
     def clips(path: str) -> Iterator[tuple[int, Tensor, bool]]:
         if overlap is None:
-            yield 0, load_for_features(path, size, frames, fps, patch=encoder.patch), True
+            yield 0, first_clip(path), True
         else:
             pictures = stream_for_features(path, size, fps, patch=encoder.patch)
             yield from windows(pictures, frames, overlap, encoder.tubelet)
@@ -107,16 +114,19 @@ def extract_files(
         paths = writer.write(name, features, {"source": path})
         whole = features[chosen[-1]]
         if video and kind_of(path) == "video":
-            pictures = stream_for_features(path, size, fps, patch=encoder.patch)
-            shown = pictures if overlap is not None else islice(pictures, frames)
-            write_pca_video(_video(out, name), shown, whole, fps=fps, tubelet=encoder.tubelet)
+            pictures = (
+                iter(first_clip(path).transpose(0, 1).numpy())
+                if overlap is None
+                else stream_for_features(path, size, fps, patch=encoder.patch)
+            )
+            write_pca_video(_video(out, name), pictures, whole, fps=fps, tubelet=encoder.tubelet)
             paths.append(_video(out, name))
         if picture:
-            clip = load_for_features(path, size, frames, fps, patch=encoder.patch)
+            clip = first_clip(path)
             steps = max(1, clip.shape[1] // encoder.tubelet)
             rows = {f"block {level}": features[level][:steps] for level in chosen}
             with atomic_file(_picture(out, name)) as file:
-                pca_picture(clip, rows).save(file, format="png", optimize=True)
+                pca_picture(clip, rows, cell=_CELL).save(file, format="png", optimize=True)
             paths.append(_picture(out, name))
         yield Extracted(path, paths, tuple(whole.shape), "")
     for path, reason in failed:
@@ -132,21 +142,22 @@ def explore_file(
     size: int = 256,
     frames: int = 16,
     fps: float = 4.0,
+    start: float = 0.0,
 ) -> tuple[int, ...]:
     """Write the similarity explorer of one file as the page `out`; returns its features' shape.
 
     source: a manifest of one video or image. level: a block index, the last if None. Of a video
-    the first `frames` are read. Raises ValueError for a bad argument, a file that cannot be read
-    and an `out` that exists.
+    `frames` are read from `start` on (0 to 1, which is as late as they fit). Raises ValueError for
+    a bad argument, a file that cannot be read and an `out` that exists.
     """
     chosen = encoder.levels[-1] if level is None else level
-    _check(encoder, [chosen], size, frames)
+    _check(encoder, [chosen], size, frames, start)
     if out.exists():
         raise ValueError(f"--out {out}: exists already; choose another name")
     files = [entry.path for entry in read_manifest(source)]
     if len(files) != 1:
         raise ValueError(f"{source}: holds {len(files)} files, expected one video or image")
-    clip = load_for_features(files[0], size, frames, fps, patch=encoder.patch)
+    clip = load_for_features(files[0], size, frames, fps, patch=encoder.patch, start_fraction=start)
     device = encoder.patch_embed.proj.weight.device
     with torch.inference_mode():
         features = encoder.features(normalise(clip.to(device))[None], [chosen])[0][0].float().cpu()
@@ -157,7 +168,7 @@ def explore_file(
     return tuple(features.shape)
 
 
-def _check(encoder: Encoder, levels: Sequence[int], size: int, frames: int) -> None:
+def _check(encoder: Encoder, levels: Sequence[int], size: int, frames: int, start: float) -> None:
     if not levels or not set(levels) <= set(encoder.levels):
         raise ValueError(f"levels: expected some of {list(encoder.levels)}, got {list(levels)}")
     if size % encoder.patch:
@@ -168,6 +179,8 @@ def _check(encoder: Encoder, levels: Sequence[int], size: int, frames: int) -> N
         )
     if frames % encoder.tubelet:
         raise ValueError(f"frames: {frames} is no multiple of the tubelet {encoder.tubelet}")
+    if not 0.0 <= start <= 1.0:
+        raise ValueError(f"start: {start:g}, expected a share from 0 to 1")
 
 
 def _video(out: Path, name: str) -> Path:

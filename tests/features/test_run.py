@@ -202,6 +202,29 @@ def test_a_picture_has_a_row_for_each_level(
         clip = load_for_features(one.source, 64, 4, 2.0)
         steps = max(1, clip.shape[1] // 2)
         rows = {f"block {level}": features[f"level{level}"][:steps] for level in (1, 3)}
-        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(pca_picture(clip, rows)))
+        assert np.array_equal(
+            np.asarray(Image.open(path)), np.asarray(pca_picture(clip, rows, cell=240))
+        )
     with pytest.raises(ValueError, match="exists"):
         list(extract_files(load(exported), [VIDEO], tmp_path / "out", form="npy", picture=True))
+
+
+def test_a_clip_may_begin_later(exported: Path, tmp_path: Path) -> None:
+    encoder = load(exported)
+    (late,) = extract_files(
+        encoder, [VIDEO], tmp_path / "late", size=64, frames=4, start=0.6, video=True
+    )
+    clip = load_for_features(VIDEO, 64, 4, 4.0, start_fraction=0.6)
+    assert not torch.equal(clip, load_for_features(VIDEO, 64, 4, 4.0))
+    expected = encoder.features(normalise(clip[None]), [3])[0][0]
+    assert torch.equal(load_file(late.paths[0])["level3"], expected)
+    shown = decode_clip(str(late.paths[1]), 0.0, 4, 4.0)[:, :64, :112]
+    assert np.abs(shown.astype(int) - clip.permute(1, 2, 3, 0).numpy()[:, :, :112]).mean() < 12
+    for start, overlap in ((1.5, None), (0.5, 2)):
+        with pytest.raises(ValueError, match="start"):
+            list(
+                extract_files(
+                    encoder, [VIDEO], tmp_path / "x", size=64, frames=4, start=start,
+                    overlap=overlap,
+                )
+            )  # fmt: skip
