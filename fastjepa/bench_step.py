@@ -49,7 +49,8 @@ _AS_OFFICIAL: dict[str, object] = {
     "objective.dense": True, "objective.deep": True, "objective.level_weights": None,
     "objective.distance_weights": True, "objective.loss_exp": 1.0,
     "objective.normalize_predictor": False, "model.levels": None, "model.rope": "interleaved",
-    "model.interpolate_rope": True, "optim.clip": None, "engine.kind": "torch",
+    "model.interpolate_rope": True, "masks.truncate": True, "optim.clip": None,
+    "engine.kind": "torch",
 }  # fmt: skip
 
 

@@ -279,6 +279,7 @@ def mask_maker(recipe: Recipe, stream: Stream, rank: int = 0) -> MaskMaker:
         rank=rank,
         weigh=recipe.objective.dense and recipe.objective.distance_weights,
         offset=recipe.objective.offset,
+        truncate=recipe.masks.truncate,
     )
 
 

@@ -184,6 +184,9 @@ class MaskGroup(Section):
 
 
 class Masks(Section):
+    """`truncate` cuts the index sets of a batch to its smallest, as the reference does."""
+
+    truncate: bool = True
     video: Annotated[tuple[MaskGroup, ...], Field(min_length=1)] = (
         MaskGroup(num_blocks=8, spatial_scale=(0.15, 0.15)),
         MaskGroup(num_blocks=2, spatial_scale=(0.7, 0.7)),

@@ -21,20 +21,28 @@ from fastjepa_kernels import mask_distance
 class Masks:
     """Index sets of each mask group, ascending int64: `context` [B, Kc], `predict` [B, Kp].
 
-    `weights` [B, Kc] float32 are the distance weights of the context tokens; None means 1.
+    `weights` [B, Kc] float32 are the distance weights of the context tokens; None means 1. With
+    `clips` each index set is of one clip alone, [1, K], and `clips` says of which: all clips of
+    the first group, then all of the next.
     """
 
     context: tuple[Tensor, ...]
     predict: tuple[Tensor, ...]
     weights: tuple[Tensor, ...] | None
+    clips: tuple[int, ...] | None = None
 
     def by_group(self) -> "list[Masks]":
         """The masks of each group alone."""
+        size = 1 if self.clips is None else max(self.clips) + 1
+        parts = [slice(low, low + size) for low in range(0, len(self.context), size)]
         return [
-            Masks((context,), (predict,), None if self.weights is None else (self.weights[number],))
-            for number, (context, predict) in enumerate(
-                zip(self.context, self.predict, strict=True)
+            Masks(
+                self.context[part],
+                self.predict[part],
+                None if self.weights is None else self.weights[part],
+                None if self.clips is None else self.clips[part],
             )
+            for part in parts
         ]
 
     def to(self, device: torch.device) -> "Masks":
@@ -42,7 +50,7 @@ class Masks:
             return tuple(t.to(device, non_blocking=True) for t in tensors)
 
         weights = None if self.weights is None else move(self.weights)
-        return Masks(move(self.context), move(self.predict), weights)
+        return Masks(move(self.context), move(self.predict), weights, self.clips)
 
 
 def distance_weights(
@@ -64,8 +72,9 @@ class MaskMaker:
     """Masks of a step: `maker(step)` is a pure function, and picklable, so that workers can call
     it.
 
-    `stream` sets apart makers of one seed. Sample indices count from `rank * batch`; see
-    blocks.py for what depends on what.
+    `stream` sets apart makers of one seed. `truncate` cuts index sets to the smallest of the
+    batch, as the reference does; without, each clip keeps all of its own. Sample indices count
+    from `rank * batch`; see blocks.py for what depends on what.
     """
 
     groups: tuple[Blocks, ...]
@@ -76,38 +85,45 @@ class MaskMaker:
     rank: int = 0
     weigh: bool = True
     offset: bool = False
+    truncate: bool = True
 
     def __call__(self, step: int) -> Masks:
         """The masks of `step`; ValueError if the groups' blocks cannot leave context and
         predictions."""
-        pairs = [self._group(blocks, step, number) for number, blocks in enumerate(self.groups)]
+        pairs = []
+        for number, blocks in enumerate(self.groups):
+            hidden_BN = covered(
+                blocks, self.grid, seed=self.seed, step=step, rank=self.rank,
+                samples=range(self.batch), group=number, stream=self.stream,
+            ).reshape(self.batch, -1)  # fmt: skip
+            alike = [hidden_BN] if self.truncate else np.split(hidden_BN, self.batch)
+            pairs += [_index_sets(blocks, part_BN, number) for part_BN in alike]
         weights = None
         if self.weigh:
             weights = tuple(
                 distance_weights(context, predict, self.grid, offset=self.offset)
                 for context, predict in pairs
             )
-        return Masks(tuple(c for c, _ in pairs), tuple(p for _, p in pairs), weights)
+        clips = None if self.truncate else tuple(range(self.batch)) * len(self.groups)
+        return Masks(tuple(c for c, _ in pairs), tuple(p for _, p in pairs), weights, clips)
 
-    def _group(self, blocks: Blocks, step: int, group: int) -> tuple[Tensor, Tensor]:
-        hidden = covered(
-            blocks, self.grid, seed=self.seed, step=step, rank=self.rank,
-            samples=range(self.batch), group=group, stream=self.stream,
-        ).reshape(self.batch, -1)  # fmt: skip
-        context = _truncated(~hidden, blocks.max_keep)
-        predict = _truncated(hidden)
-        if blocks.full_complement:
-            predict = _complement(context, hidden.shape[1])
-        elif blocks.pred_full_complement:
-            context = _complement(predict, hidden.shape[1])
-        if blocks.inv_block:
-            context, predict = predict, context
-        if not (context.size and predict.size):
-            raise ValueError(
-                f"masks: group {group} leaves {context.shape[1]} context and {predict.shape[1]} "
-                "predicted tokens; both must be positive"
-            )
-        return torch.from_numpy(context), torch.from_numpy(predict)
+
+def _index_sets(blocks: Blocks, hidden_BN: NDArray[np.bool_], group: int) -> tuple[Tensor, Tensor]:
+    """Context and predicted tokens of clips that keep equally many."""
+    context = _truncated(~hidden_BN, blocks.max_keep)
+    predict = _truncated(hidden_BN)
+    if blocks.full_complement:
+        predict = _complement(context, hidden_BN.shape[1])
+    elif blocks.pred_full_complement:
+        context = _complement(predict, hidden_BN.shape[1])
+    if blocks.inv_block:
+        context, predict = predict, context
+    if not (context.size and predict.size):
+        raise ValueError(
+            f"masks: group {group} leaves {context.shape[1]} context and {predict.shape[1]} "
+            "predicted tokens; both must be positive"
+        )
+    return torch.from_numpy(context), torch.from_numpy(predict)
 
 
 def _truncated(chosen_BN: NDArray[np.bool_], most: int | None = None) -> NDArray[np.int64]:
@@ -126,9 +142,18 @@ def _complement(index_BK: NDArray[np.int64], num_tokens: int) -> NDArray[np.int6
 
 
 def counts(maker: MaskMaker, steps: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Context and predicted tokens a clip of each group, step by step, for planning."""
-    drawn = map(maker, steps)
+    """Context and predicted tokens a clip of each group, step by step, for planning.
+
+    Where clips keep all of their own, the whole tokens of the mean.
+    """
+
+    def kept(index_sets: Sequence[Tensor]) -> int:
+        return sum(i.numel() for i in index_sets) // sum(len(i) for i in index_sets)
+
     return [
-        (tuple(c.shape[1] for c in masks.context), tuple(p.shape[1] for p in masks.predict))
-        for masks in drawn
+        tuple(
+            tuple(kept(getattr(group, kind)) for group in masks.by_group())
+            for kind in ("context", "predict")
+        )  # type: ignore[misc]
+        for masks in map(maker, steps)
     ]

@@ -91,13 +91,15 @@ class Encoder(nn.Module):
         clip: Tensor,
         index_groups_BK: Sequence[Tensor] | None = None,
         *,
+        clips: Sequence[int] | None = None,
         levels: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """Normalised outputs of the levels, shallowest first, each [R, D] over packed rows.
 
         clip: [B, 3, T, H, W] normalised RGB; T = 1 is an image. index_groups_BK: for each mask
         group the kept tokens [B, K], which alone are embedded and run; None runs all tokens, rows
-        `b * N + token`. levels: a subset of `self.levels`, all if None. ValueError if a side or a
+        `b * N + token`. clips: the clip that each group starts with, as in `packed_rows`. levels: a
+        subset of `self.levels`, all if None. ValueError if a side or a
         level does not fit.
         """
         wanted = self.levels if levels is None else tuple(levels)
@@ -114,7 +116,7 @@ class Encoder(nn.Module):
             segments = segments_of([(len(clip), num_tokens)])
             tables = [table[None]]
         else:
-            rows = packed_rows(index_groups_BK, num_tokens)
+            rows = packed_rows(index_groups_BK, num_tokens, clips)
             segments = segments_of([(index.shape[0], index.shape[1]) for index in index_groups_BK])
             tables = [table[index] for index in index_groups_BK]
 

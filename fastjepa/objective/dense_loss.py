@@ -51,21 +51,24 @@ def dense_loss(
     context_groups_BK: Sequence[Tensor],
     weights_BK: Sequence[Tensor] | None,
     context_weight: float,
+    clips: Sequence[int] | None = None,
 ) -> LossTerms:
     """`L = L_pred + lambda L_ctx` over all mask groups and levels.
 
     predicted_RP, context_RP: the predictor's rows before its heads, in the dtype the heads run
     in. targets_MD: raw levels of the target encoder, all tokens. weights_BK: distance weights of
     the context tokens, None for 1. The context term is left out, and None, if `context_weight` is
-    0.
+    0. With `clips` an index set is of that one clip: groups have a term for each clip, all of one
+    weight, so that a clip weighs the same whatever it keeps.
     """
-    num_tokens = len(targets_MD[0]) // len(predict_groups_BK[0])
+    num_clips = len(predict_groups_BK[0]) if clips is None else max(clips) + 1
+    num_tokens = len(targets_MD[0]) // num_clips
 
     def term(
         rows_RP: Tensor, head: nn.Linear, groups: Sequence[Tensor], weight_R: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         return linear_dense_l1(
-            rows_RP, head.weight, head.bias, targets_MD, packed_rows(groups, num_tokens),
+            rows_RP, head.weight, head.bias, targets_MD, packed_rows(groups, num_tokens, clips),
             [index.numel() for index in groups], token_weight_R=weight_R,
             level_weights=objective.level_weights, exponent=objective.exponent,
             normalize_prediction=objective.normalize_prediction,

@@ -96,7 +96,7 @@ def forward_backward(jepa: Jepa, engine: Engine, batch: MicroBatch) -> LossTerms
         targets_MD, levels_RD = _encode(jepa, batch)
     leaves = [level.detach().requires_grad_() for level in levels_RD]
     groups = batch.masks.by_group()
-    rows = [group.context[0].numel() for group in groups]
+    rows = [sum(index.numel() for index in group.context) for group in groups]
     parts = []
     for group, *own_levels in zip(groups, *(leaf.split(rows) for leaf in leaves), strict=True):
         with engine.autocast():
@@ -113,7 +113,9 @@ def _encode(jepa: Jepa, batch: MicroBatch) -> tuple[list[Tensor], list[Tensor]]:
     with stage("target"), torch.no_grad():
         targets_MD = jepa.source(batch.clip, levels=jepa.target_levels)
     with stage("context"):
-        return targets_MD, jepa.encoder(batch.clip, batch.masks.context, levels=jepa.levels)
+        masks = batch.masks
+        levels_RD = jepa.encoder(batch.clip, masks.context, clips=masks.clips, levels=jepa.levels)
+    return targets_MD, levels_RD
 
 
 def _predict(
@@ -141,6 +143,7 @@ def _predict(
             context_groups_BK=masks.context,
             weights_BK=masks.weights,
             context_weight=batch.context_weight,
+            clips=masks.clips,
         )
 
 

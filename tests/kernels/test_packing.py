@@ -11,6 +11,11 @@ def test_groups_follow_one_another_and_clips_within_them() -> None:
     assert packed_rows([first, second], 4).tolist() == [0, 2, 5, 7, 3, 4]
 
 
+def test_a_group_may_start_with_a_later_clip() -> None:
+    groups = [torch.tensor([[0, 2]]), torch.tensor([[1, 2, 3]])]
+    assert packed_rows(groups, 4, [2, 0]).tolist() == [8, 10, 1, 2, 3]
+
+
 def test_rows_gather_each_clips_own_tokens() -> None:
     tokens = torch.randn(3, 7, 2)
     index = torch.stack([torch.randperm(7)[:4] for _ in range(3)])

@@ -179,3 +179,37 @@ def test_groups_that_leave_nothing_are_refused() -> None:
     nothing = Blocks(1, (0.5, 0.5), max_keep=0)
     with pytest.raises(ValueError, match="group 0 leaves 0 context"):
         maker(nothing)(0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 5))
+def test_without_truncation_every_clip_keeps_every_token(step: int, batch: int) -> None:
+    make = maker(batch=batch)
+    cut, whole = make(step), replace(make, truncate=False)(step)
+    assert whole.clips == (*range(batch), *range(batch))
+    assert whole.weights is not None
+    for number, clip in enumerate(whole.clips):
+        context, predict = whole.context[number][0], whole.predict[number][0]
+        assert sorted([*context.tolist(), *predict.tolist()]) == list(range(2048))
+        group = number // batch
+        for mine, theirs in ((context, cut.context[group]), (predict, cut.predict[group])):
+            assert torch.equal(mine[: theirs.shape[1]], theirs[clip])
+        alone = distance_weights(context[None], predict[None], GRID)
+        assert torch.equal(whole.weights[number], alone)
+
+
+def test_exact_masks_fall_into_groups_of_all_clips() -> None:
+    masks = replace(maker(batch=3), truncate=False)(0)
+    groups = masks.by_group()
+    assert [group.clips for group in groups] == [(0, 1, 2), (0, 1, 2)]
+    assert torch.equal(groups[1].context[2], masks.context[5])
+    (again,) = groups[1].by_group()
+    assert again.context == groups[1].context
+
+
+def test_counts_of_exact_masks_are_their_means() -> None:
+    make = replace(maker(batch=3), truncate=False)
+    ((context, predict),) = counts(make, [4])
+    masks = make(4)
+    assert context[0] == sum(i.numel() for i in masks.context[:3]) // 3
+    assert predict[1] == sum(i.numel() for i in masks.predict[3:]) // 3

@@ -271,3 +271,38 @@ def test_mask_groups_in_turn_equal_the_packed_pass(
             assert ours[name] is None
         else:
             assert torch.allclose(gradient, ours[name], **near), name
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_exact_masks_equal_a_pass_of_each_clip_by_itself(in_turn: bool) -> None:
+    """Losses, terms by level and gradients: every clip weighs the same, whatever it keeps."""
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.randn(3, 3, 4, 32, 32, generator=generator, dtype=torch.float64)
+    groups = (Blocks(3, (0.2, 0.2)), Blocks(2, (0.4, 0.4)))
+    masks = MaskMaker(groups, (2, 4, 4), 3, seed=0, truncate=False)(5)
+    assert masks.weights is not None
+    assert masks.clips is not None
+    assert len({index.shape[1] for index in masks.context}) > 2
+    jepa, engine, _ = make(torch.float64, in_turn=in_turn)
+    together = forward_backward(jepa, engine, MicroBatch(clip, masks, 0.3, 0.5))
+    ours = {n: p.grad for n, p in named_parameters(jepa.encoder, jepa.predictor)}
+
+    jepa, engine, _ = make(torch.float64, in_turn=in_turn)
+    alone = []
+    for one in range(3):
+        own = [number for number, of in enumerate(masks.clips) if of == one]
+        context, predict, weights = (
+            tuple(sets[number] for number in own)
+            for sets in (masks.context, masks.predict, masks.weights)
+        )
+        batch = MicroBatch(clip[one : one + 1], Masks(context, predict, weights), 0.1, 0.5)
+        alone.append(forward_backward(jepa, engine, batch))
+    mean = torch.stack([terms.total for terms in alone]).mean()
+    assert torch.allclose(together.total, mean, rtol=1e-12, atol=0)
+    by_level = torch.stack([terms.predict_terms.mean(0) for terms in alone]).mean(0)
+    assert torch.allclose(together.predict_terms.mean(0), by_level, rtol=1e-12, atol=0)
+    for name, parameter in named_parameters(jepa.encoder, jepa.predictor):
+        if parameter.grad is None:
+            assert ours[name] is None
+        else:
+            assert torch.allclose(ours[name], parameter.grad, rtol=1e-9, atol=1e-14), name
