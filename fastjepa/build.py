@@ -238,6 +238,7 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         patch=recipe.model.patch,
         interpolate_rope=recipe.model.interpolate_rope,
         rope=recipe.model.rope,
+        residual=torch.bfloat16 if recipe.engine.residual == "bfloat16" else None,
         **shared,
     ).to(device)
     target = Encoder(**sizes, **shared).to(device)

@@ -171,13 +171,13 @@ class StreamCosts:
 
         Only layout `torch` has float32 weights, and only its engine takes mask groups in turn.
         """
-        alone = layout == "torch"
+        alone, own = layout == "torch", self.recipe.engine
         return max(
             (
                 step_activations(
                     self.encoder, self.predictor, tokens, batch=stream.clips,
                     value_bytes=self.value_bytes,
-                    stream_bytes=4 if alone else self.value_bytes,
+                    stream_bytes=4 if own.residual == "reference" else self.value_bytes,
                     checkpointing=checkpointing,
                     scores=self.recipe.model.attention == "math",
                     in_turn=alone and self.recipe.engine.mask_groups == "in_turn",

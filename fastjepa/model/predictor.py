@@ -27,7 +27,8 @@ class Predictor(nn.Module):
 
     Parameter names are those of the released state dict. `out_width` is the width of one target
     level (the teacher's when distilling). Only `mask_tokens.0` is used: the others exist in
-    released files, untrained.
+    released files, untrained. `residual` is the dtype of the residual stream: None is float32 at
+    least, as in the released code under autocast.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Predictor(nn.Module):
         checkpointing: bool = False,
         attention: str = "auto",
         rope: Rope = "interleaved",
+        residual: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.residual = residual
         self.head_dim, self.patch, self.interpolate_rope = width // heads, patch, interpolate_rope
         self.checkpointing, self.rope = checkpointing, rope
         if num_levels == 1:
@@ -92,8 +95,9 @@ class Predictor(nn.Module):
         modality = self.img_mod_embed if image else self.video_mod_embed
         # Every predicted token starts as the same row: the first block takes it once.
         mask_1P = self.mask_tokens[0][0]
-        # The residual stream is float32 at least, in parameters of bfloat16 as under autocast.
-        x_RP = torch.cat((context_RP, mask_1P.to(wide(mask_1P.dtype)))) + modality[0]
+        # Float32 at least, in parameters of bfloat16 as under autocast, unless told otherwise.
+        stream = self.residual or wide(mask_1P.dtype)
+        x_RP = torch.cat((context_RP.to(stream), mask_1P.to(stream))) + modality[0].to(stream)
         segments = segments_of(
             [
                 (context.shape[0], context.shape[1] + predict.shape[1])

@@ -58,7 +58,7 @@ def step_activations(
     predictor's and the loss's of the largest group alone.
 
     `value_bytes` is 2 for bf16 and 4 for float32 products, `stream_bytes` the width of the
-    predictor's residual stream: float32 with float32 weights, for its mask tokens are such. With
+    predictor's residual stream, float32 unless `engine.residual` says otherwise. With
     `checkpointing` a block keeps its input alone, and the largest single block comes on top.
     """
     groups = list(zip(tokens.context, tokens.predicted, strict=True))
