@@ -28,14 +28,15 @@ from fastjepa.data.loader import Loader
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import decode_media
 from fastjepa.data.quarantine import Quarantine
-from fastjepa.distillation import check_teacher, fingerprint, load_teacher
-from fastjepa.evaluation import MOST_FRAMES, OnlineEvaluation, class_folders, moving_digits
+from fastjepa.distillation import check_teacher, load_teacher
+from fastjepa.evaluation import MOST_FRAMES, OnlineEvaluation, labelled_files, moving_digits
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
 from fastjepa.presets import EncoderSize
+from fastjepa.probes.feature_store import weights_digest
 from fastjepa.train.engine import Engine, TorchEngine
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine
 from fastjepa.train.guard import LossGuard
@@ -87,7 +88,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     }
     if recipe.distill is not None:
         jepa.source.to(device)
-        facts["teacher"] = fingerprint(jepa.source)
+        facts["teacher"] = weights_digest(jepa.source)
         console.say(f"teacher from {recipe.distill.teacher}: {jepa.source.origin}")
     engine = build_engine(recipe, jepa, device, ranks)
     guard = LossGuard(
@@ -180,7 +181,7 @@ def _evaluation(recipe: Recipe, stream: Stream) -> OnlineEvaluation | None:
     if own.clips is None:
         labelled = moving_digits(own.count, frames=frames, fps=stream.fps, size=stream.crop)
     else:
-        labelled = class_folders(
+        labelled = labelled_files(
             own.clips, own.count, frames=frames, fps=stream.fps, size=stream.crop,
             patch=recipe.model.patch,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 teacher = load_teacher(Path("vjepa2_1_vitG_384.pt"), size, patch=16, tubelet=2, device=device)
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -48,18 +47,11 @@ def load_teacher(
     return teacher
 
 
-def fingerprint(teacher: Encoder) -> str:
-    """SHA-256 of the biases and norms: short to work out, and other after any training."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(teacher.named_parameters()):
-        if parameter.ndim == 1:
-            digest.update(name.encode())
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def check_teacher(checkpoint: Checkpoint, path: Path, now: str) -> None:
-    """Raise CheckpointError where a run would go on with another teacher than it began with."""
+    """Raise CheckpointError where a run would go on with another teacher than it began with.
+
+    `now` is the digest of its weights, the run's first one stands in the checkpoint's state.
+    """
     if checkpoint.state.get("teacher") != now:
         raise CheckpointError(
             f"{checkpoint.path}: trained by another teacher than {path} holds now; "

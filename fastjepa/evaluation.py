@@ -9,21 +9,19 @@ from the run's data, so a run goes the same way with and without.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from fastjepa.data.augment import normalise
-from fastjepa.data.files import ManifestError
-from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import load_for_features
 from fastjepa.data.moving_digits import MovingDigits
 from fastjepa.features.extract import extract
 from fastjepa.observe.atomic_file import atomic_file
 from fastjepa.pictures import feature_sheet
 from fastjepa.probes.knn import accuracy, knn
+from fastjepa.probes.labelled_files import read_classes
 from fastjepa.train.loop import Trainer
 
 NEIGHBOURS = 5
@@ -56,34 +54,33 @@ def moving_digits(count: int, *, frames: int, fps: float, size: int) -> Labelled
     return Labelled(clips, torch.tensor([clip.digits[0] for clip in made]), halves["train"])
 
 
-def class_folders(
-    path: str, count: int, *, frames: int, fps: float, size: int, patch: int
+def labelled_files(
+    source: str, count: int, *, frames: int, fps: float, size: int, patch: int
 ) -> Labelled:
-    """Up to `count` files of a folder of class folders, as many of each class, by name.
+    """Up to `count` files of a folder of class folders or of a CSV, as many of each class.
 
-    A file's class is the folder it lies in. Of each class the first half names, the other half is
-    named. Raises ManifestError where there are not two classes of two files, or a file cannot be
-    read.
+    Of each class the first half of the files names, the other half is named. Raises ValueError
+    where there are not two classes of two files, or a file cannot be read.
     """
-    files: dict[str, list[str]] = {}
-    for entry in sorted(read_manifest(path)):
-        files.setdefault(Path(entry.path).parent.name, []).append(entry.path)
-    pairs = count // (2 * max(1, len(files)))
-    if len(files) < 2 or pairs < 1 or min(map(len, files.values())) < 2:
-        raise ManifestError(
-            f"evaluate.clips {path}: {len(files)} class folder(s), the smallest of "
-            f"{min(map(len, files.values()), default=0)} files; expected at least 2 folders of 2 "
-            f"files, and evaluate.count (now {count}) of 2 a class"
+    found = read_classes(source)
+    files: list[list[str]] = [[] for _ in found.classes]
+    for path, label in zip(found.paths, found.labels, strict=True):
+        files[label].append(path)
+    fewest, pairs = min(map(len, files)), count // (2 * len(files))
+    if len(files) < 2 or fewest < 2 or pairs < 1:
+        raise ValueError(
+            f"evaluate.clips {source}: {len(files)} class(es), the smallest of {fewest} file(s); "
+            f"expected at least 2 classes of 2 files, and evaluate.count ({count}) of 2 a class"
         )
-    halves: tuple[list[tuple[str, int]], list[tuple[str, int]]] = [], []
-    for number, name in enumerate(sorted(files)):
-        some = files[name][: 2 * pairs]
+    bank: list[tuple[str, int]] = []
+    rest: list[tuple[str, int]] = []
+    for label, paths in enumerate(files):
+        some = paths[: 2 * pairs]
         middle = len(some) - len(some) // 2
-        halves[0].extend((file, number) for file in some[:middle])
-        halves[1].extend((file, number) for file in some[middle:])
-    chosen = [*halves[0], *halves[1]]
-    clips = [load_for_features(file, size, frames, fps, patch=patch) for file, _ in chosen]
-    return Labelled(clips, torch.tensor([number for _, number in chosen]), len(halves[0]))
+        bank.extend((path, label) for path in some[:middle])
+        rest.extend((path, label) for path in some[middle:])
+    clips = [load_for_features(path, size, frames, fps, patch=patch) for path, _ in bank + rest]
+    return Labelled(clips, torch.tensor([label for _, label in bank + rest]), len(bank))
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastjepa.build import build
 from fastjepa.checkpoint import latest_checkpoint, load_checkpoint
 from fastjepa.config.load import load_recipe
-from fastjepa.evaluation import class_folders, moving_digits
+from fastjepa.evaluation import labelled_files, moving_digits
 from fastjepa.observe.sinks import read_metrics
 from fastjepa.train.signals import StopRequest
 
@@ -119,12 +119,18 @@ def pictures(folder: Path, count: int) -> Path:
     return folder
 
 
-def test_class_folders_name_their_files(write_recipe: Write, tmp_path: Path) -> None:
+def test_files_are_named_by_their_folder_or_by_a_list(write_recipe: Write, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "colours", 14)
-    labelled = class_folders(str(folder), 24, frames=4, fps=8.0, size=64, patch=16)
+    labelled = labelled_files(str(folder), 24, frames=4, fps=8.0, size=64, patch=16)
     assert labelled.bank == 12
     assert labelled.classes.bincount().tolist() == [12, 12]
     assert labelled.classes[:12].bincount().tolist() == [6, 6]
+    listed = tmp_path / "colours.csv"
+    files = [f"{file},{file.parent.name}\n" for file in sorted(folder.rglob("*.png"))]
+    listed.write_text("".join(["path,label\n", *files]))
+    again = labelled_files(str(listed), 24, frames=4, fps=8.0, size=64, patch=16)
+    assert torch.equal(again.classes, labelled.classes)
+    assert all(map(torch.equal, again.clips, labelled.clips))
     run = trained(write_recipe("run"), *EVALUATE, f"evaluate.clips={folder}")
     # Colours are told apart by any features.
     assert read_metrics(run / "metrics.jsonl")[-1]["probe_knn/level3"] == 1.0
@@ -132,8 +138,9 @@ def test_class_folders_name_their_files(write_recipe: Write, tmp_path: Path) -> 
 
 def test_folders_that_name_nothing_are_refused(write_recipe: Write, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "colours", 14)
-    one = load_recipe(write_recipe("run"), [*EVALUATE, f"evaluate.clips={folder / 'red'}"])
-    with pytest.raises(ValueError, match=r"evaluate\.clips .* 1 class folder"):
+    (folder / "blue").rename(tmp_path / "blue")
+    one = load_recipe(write_recipe("run"), [*EVALUATE, f"evaluate.clips={folder}"])
+    with pytest.raises(ValueError, match=r"evaluate\.clips .* 1 class"):
         build(one)
 
 
