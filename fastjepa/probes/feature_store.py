@@ -65,8 +65,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path, paths: Sequence[str], view: View, weights: str) -> None:
         self.paths, self._view = list(paths), view
-        facts = [weights, asdict(view), [_state(path) for path in paths]]
-        self.name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        self.name = named_by(weights, asdict(view), [file_state(path) for path in paths])
         self._folder = folder / self.name
         self._shards: dict[int, dict[str, Tensor]] = {}
         self.bad: dict[int, str] = {}
@@ -161,8 +160,13 @@ def _middle(clip_3THW: Tensor, size: int) -> Tensor:
     return clip_3THW[:, :, top : top + size, left : left + size]
 
 
-def _state(path: str) -> tuple[str, int, int]:
-    """A file's name, size and time: features of a changed file are taken anew."""
+def named_by(*facts: object) -> str:
+    """A name for a file that depends on all of `facts` (as JSON has them)."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def file_state(path: str) -> tuple[str, int, int]:
+    """A file's name, size and time: what was made of it is made anew when it has changed."""
     try:
         about = os.stat(path)
     except OSError:

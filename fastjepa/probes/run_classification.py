@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastjepa.model import Encoder
 from fastjepa.probes.attentive import SETTINGS, Clips, attentive_sweep, share_right
-from fastjepa.probes.feature_store import FeatureStore, View, weights_digest
+from fastjepa.probes.feature_store import FeatureStore, View, named_by, weights_digest
 from fastjepa.probes.knn import KS, accuracy, knn
 from fastjepa.probes.labelled_files import ClassFiles, held_out, read_classes
 from fastjepa.probes.report import Result, progress
@@ -102,10 +102,11 @@ def probe_attentive(
         encoder.width, len(fit.files.classes), settings=settings, epochs=epochs, batch=head_batch,
         seed=seed, device=device,
     )  # fmt: skip
+    name = named_by(fit.store.name, fit.files.labels, fit.files.classes)
     with progress("training heads", epochs) as advance:
         sweep.train(
             _samples(fit, good[rows], device),
-            file=out / "heads" / f"attentive-{fit.store.name}.safetensors",
+            file=out / "heads" / f"attentive-{name}.safetensors",
             say=lambda epoch, losses: advance(),
         )
     held, tested = (

@@ -16,7 +16,13 @@ from torch import Tensor
 from fastjepa.model import Encoder
 from fastjepa.probes import linear_depth, linear_segmentation
 from fastjepa.probes.confusion import IGNORED, class_ious, mean_iou
-from fastjepa.probes.feature_store import FeatureStore, View, weights_digest
+from fastjepa.probes.feature_store import (
+    FeatureStore,
+    View,
+    file_state,
+    named_by,
+    weights_digest,
+)
 from fastjepa.probes.label_pictures import read_depth, read_mask
 from fastjepa.probes.labelled_files import Pairs, held_out, read_pairs
 from fastjepa.probes.linear_depth import depth_errors, depth_sweep
@@ -185,7 +191,7 @@ def _parts(
         samples(0, [good[i] for i in choose]),
         samples(1, stores[1].good),
         {store.paths[i]: why for store in stores for i, why in store.bad.items()},
-        stores[0].name,
+        named_by(stores[0].name, [file_state(path) for path in pairs[0].labels]),
     )
 
 

@@ -1,6 +1,7 @@
 """`fastjepa probe`: every probe on real files, its table and JSON, and going on after a kill."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastjepa.cli import main
 
@@ -99,6 +102,43 @@ def test_tracking_follows_digits(
     assert found["scores"]["J&F"] == pytest.approx(both)
     assert found["scores"]["J"] > 0.15  # slow digits, and even random features see their edges
     assert "two 2" in capsys.readouterr().out
+
+
+def test_a_video_that_was_tracked_is_not_tracked_again(
+    weights: Path, davis: Path, tmp_path: Path
+) -> None:
+    words = ["tracking", weights, davis, "--out", tmp_path, "--size"]
+    probe(*words, 32)
+    first = result(tmp_path, "tracking")
+    (tmp_path / "tracking/two.json").unlink()
+    kept = tmp_path / "tracking/one.json"
+    marked = json.loads(kept.read_text("utf-8"))
+    marked["objects"]["1"]["J"] = 7.0
+    kept.write_text(json.dumps(marked), "utf-8")
+    probe(*words, 32)
+    again = result(tmp_path, "tracking")
+    assert again["parts"]["one 1"]["J"] == 7.0
+    assert again["parts"]["two 1"] == first["parts"]["two 1"]
+    probe(*words, 40)  # seen otherwise, it is
+    assert result(tmp_path, "tracking")["parts"]["one 1"]["J"] <= 1.0
+
+
+def test_heads_of_other_labels_are_not_taken_for_these(
+    weights: Path, dense: Path, tmp_path: Path
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(dense, data)
+    words = [
+        "segmentation", weights, data / "train", data / "test", "--size", 32, "--epochs", 1,
+        "--lr", 1e-3, "--weight-decay", 0.1, "--out", out,
+    ]  # fmt: skip
+    probe(*words)
+    mask = data / "train/masks/1.png"
+    Image.fromarray(1 - np.array(Image.open(mask))).save(mask)
+    os.utime(mask, ns=(1, 1))
+    probe(*words)
+    assert len(list((out / "heads").iterdir())) == 2
+    assert len(list((out / "features").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
