@@ -85,9 +85,8 @@ class Setting:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        if self.reference is None:
-            return (OURS,)
-        return (OURS, OFFICIAL, f"{OFFICIAL} compiled") if self.compiled else (OURS, OFFICIAL)
+        plain = (OURS,) if self.reference is None else (OURS, OFFICIAL)
+        return (*plain, *(f"{side} compiled" for side in plain)) if self.compiled else plain
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,9 @@ class Loaded:
             stream.context_weight, recipe.objective.offset, optim.start_lr, optim.weight_decay,
             optim.betas, optim.eps, resolved.momentum,
         )  # fmt: skip
+        if side == f"{OURS} compiled":
+            engine = recipe.engine.model_copy(update={"compile": "blocks"})
+            recipe = recipe.model_copy(update={"engine": engine})
         torch.manual_seed(recipe.run.seed)
         jepa = build_jepa(recipe, resolved, device)
         if not side.startswith(OFFICIAL):

@@ -33,6 +33,7 @@ from fastjepa.evaluation import MOST_FRAMES, OnlineEvaluation, labelled_files, m
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
+from fastjepa.model.block import compile_blocks
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
 from fastjepa.presets import EncoderSize
@@ -249,10 +250,14 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         exponent=recipe.objective.loss_exp,
         normalize_prediction=recipe.objective.normalize_predictor,
     )
-    if resolved.teacher is None:
-        return Jepa(encoder, predictor, target, objective, levels, levels)
-    teacher = _teacher(recipe, resolved.teacher, device)
-    return Jepa(encoder, predictor, target, objective, levels, resolved.teacher.levels, teacher)
+    networks = [encoder, predictor, target]
+    teacher, target_levels = None, levels
+    if resolved.teacher is not None:
+        teacher, target_levels = _teacher(recipe, resolved.teacher, device), resolved.teacher.levels
+        networks.append(teacher)
+    if recipe.engine.compile == "blocks":
+        compile_blocks(*networks)
+    return Jepa(encoder, predictor, target, objective, levels, target_levels, teacher)
 
 
 def _teacher(recipe: Recipe, size: EncoderSize, device: torch.device) -> Encoder:

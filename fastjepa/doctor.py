@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastjepa.model.attention_backends import ALL
+from fastjepa.model.block_compiled import compile_refusal
 from fastjepa_kernels.backend import choose
 
 OLDEST_TORCH = (2, 11)
@@ -308,6 +309,7 @@ def _backends(dali: bool) -> Iterator[Finding]:
         "attention": attention,
         "matrix products": products,
         "decoder": _decoder(torch.device("cuda" if cuda else "cpu"), dali),
+        "compiled blocks": _compiled(torch.device("cuda" if cuda else "cpu")),
         "engine": "torch in one process, because engine.kind is so by default; deepspeed: many",
     }
     for name, detail in chosen.items():
@@ -328,6 +330,13 @@ def _decoder(device: torch.device, dali: bool) -> str:
     if choice.name == "pyav":
         return f"{pyav} {choice.reason} (data.decoder: auto)"
     return f"DALI on the device, because {choice.reason} (data.decoder: auto)"
+
+
+def _compiled(device: torch.device) -> str:
+    """What `engine.compile: blocks` would find."""
+    refusal = compile_refusal(device)
+    able = "engine.compile=blocks can be asked for" if refusal is None else f"not: {refusal}"
+    return f"none, because engine.compile is null by default; {able}"
 
 
 def _attention(device: torch.device) -> str:

@@ -40,7 +40,7 @@ def test_every_backend_is_given_with_its_reason(findings: list[Finding]) -> None
     assert ops == set(fastjepa_kernels.__all__) & ops
     assert ops >= {"dense_l1", "linear_dense_l1", "mask_distance", "rope3d", "ema_update"}
     assert backends.keys() - {f"op {op}" for op in ops} == {
-        "device", "attention", "matrix products", "decoder", "engine"
+        "device", "attention", "matrix products", "decoder", "compiled blocks", "engine"
     }  # fmt: skip
     kernel = "Triton" if torch.cuda.is_available() else "PyTorch twin"
     assert kernel in backends["op linear_dense_l1"]

@@ -296,6 +296,7 @@ class Engine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     residual: Literal["reference", "bfloat16"] = "reference"
+    compile: Literal["blocks"] | None = None
     threads: Positive | None = None
     mask_groups: Literal["auto", "packed", "in_turn"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -308,6 +309,8 @@ class Engine(Section):
     def _fits(self) -> "Engine":
         if self.residual == "bfloat16" and self.dtype != "bfloat16":
             raise ValueError("residual: bfloat16 goes with dtype bfloat16; expected reference")
+        if self.compile is not None and self.kind == "deepspeed" and self.zero_stage == 3:
+            raise ValueError("compile: blocks needs whole weights; zero_stage 0, 1 or 2 has them")
         if self.kind == "deepspeed" and self.mask_groups == "in_turn":
             raise ValueError("mask_groups: in_turn is for kind torch; DeepSpeed's backward is one")
         if self.kind == "torch" and (self.offload or self.adamw != "torch"):

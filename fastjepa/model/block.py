@@ -15,6 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastjepa.model.attention import attend
+from fastjepa.model.block_compiled import (
+    after_attention,
+    before_attention,
+    compile_refusal,
+    compiled_halves,
+)
 from fastjepa.model.block_cpu import attention_half, mlp_half, widened
 from fastjepa.model.positions import turn_tiled
 from fastjepa.model.segments import Segment, SharedRow
@@ -30,6 +36,19 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = widened(self.weight, input), widened(self.bias, input)
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+def compile_blocks(*networks: nn.Module) -> None:
+    """Let the blocks of networks run compiled (block_compiled.py) from now on.
+
+    Raises ValueError where nothing can be compiled for their device.
+    """
+    blocks = [m for network in networks for m in network.modules() if isinstance(m, Block)]
+    for block in blocks:
+        refusal = compile_refusal(block.mlp.fc1.weight.device)
+        if refusal is not None:
+            raise ValueError(f"blocks cannot be compiled here: {refusal}")
+        block.compiled = True
 
 
 class Attention(nn.Module):
@@ -67,8 +86,9 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.backend, self.rope = attention, rope
-        # Whether a CPU takes the hand-written halves where they can work.
-        self.by_hand = True
+        # Whether a CPU takes the hand-written halves where they can work; whether what lies around
+        # attention is compiled (block_compiled.py), which leaves no use for them.
+        self.by_hand, self.compiled = True, False
         self.norm1 = LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads)
         self.norm2 = LayerNorm(width, eps=EPS)
@@ -88,28 +108,23 @@ class Block(nn.Module):
         [R, D].
         """
         by_hand = self.by_hand and x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa")
-        if by_hand and self.rope == "interleaved":
+        if by_hand and self.rope == "interleaved" and not self.compiled:
             x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
-        else:
-            if shared:
-                x_RD = shared.spread(x_RD)
-            x_RD = x_RD + self.attend(self.norm1(x_RD), tables_RC2, segments)
-        if by_hand:
             return mlp_half(x_RD, self.norm2, self.mlp)
-        hidden = F.gelu(self.mlp.fc1(self.norm2(x_RD)))
-        out_RD: Tensor = x_RD + self.mlp.fc2(hidden)
-        return out_RD
+        if shared:
+            x_RD = shared.spread(x_RD)
+        before, after = compiled_halves() if self.compiled else (before_attention, after_attention)
+        mixed_RD = self.attend(before(self, x_RD), tables_RC2, segments)
+        return after(self, x_RD, mixed_RD)
 
     def attend(
-        self, x_RD: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
+        self, qkv_R3HC: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
     ) -> Tensor:
-        qkv_R3HC = self.attn.qkv(x_RD).unflatten(-1, (3, self.attn.heads, -1))
+        """Rotated queries and keys, and their attention, heads side by side: [R, D]."""
         turn = turn_tiled if self.rope == "tiled" else rope3d
         turned = [
             turn(segment.rows(qkv_R3HC), table).flatten(0, 1)
             for segment, table in zip(segments, tables_RC2, strict=True)
         ]
         qkv_R3HC = turned[0] if len(turned) == 1 else torch.cat(turned)
-        mixed_RD = attend(qkv_R3HC, segments, backend=self.backend).flatten(1)
-        out_RD: Tensor = self.attn.proj(mixed_RD)
-        return out_RD
+        return attend(qkv_R3HC, segments, backend=self.backend).flatten(1)
