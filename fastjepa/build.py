@@ -44,6 +44,7 @@ from fastjepa.train.guard import LossGuard
 from fastjepa.train.loop import Trainer
 from fastjepa.train.plan import StepPlan
 from fastjepa.train.ranks import ALONE, Ranks, RanksError
+from fastjepa.train.saver import Saver
 from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
 
@@ -104,7 +105,6 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         name: stream.clips * recipe.optim.accumulate * ranks.size
         for name, stream in streams.items()
     }
-    ranks.check_same({"the newest checkpoint": "none" if checkpoint is None else checkpoint.step})
     if checkpoint is not None:
         check_samples(checkpoint, samples_per_step)
         if recipe.distill is not None:
@@ -126,7 +126,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         console=console,
         log_every=recipe.train.log_every,
         checkpoint_every=recipe.train.checkpoint_every,
-        keep_checkpoints=recipe.train.keep_checkpoints,
+        saver=Saver(folder, ranks, keep=recipe.train.keep_checkpoints),
         max_skips=recipe.guard.max_skips,
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,

@@ -6,7 +6,7 @@ from typing import Any, TypedDict, get_args
 
 from torch import Tensor
 
-from fastjepa.checkpoint.tensor_file import CheckpointError
+from fastjepa.checkpoint.tensor_file import CheckpointError, described
 from fastjepa.presets import PRESETS, Generation, Rope
 
 
@@ -87,6 +87,7 @@ def shapes_say(tensors: Mapping[str, Tensor], where: str) -> dict[str, int]:
     Heads leave no trace. Raises CheckpointError when these are not the tensors of a V-JEPA 2 or
     2.1 encoder, saying what was found instead.
     """
+    tensors = described(tensors)
     generation = generation_of(tensors, where)
     needed = ["blocks.0.mlp.fc1.weight"]
     needed.append("patch_embed_img.proj.weight" if generation == "2.1" else "norm.weight")

@@ -37,7 +37,7 @@ class FoundEncoder:
     checkpoint.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     sizes: EncoderSizes
     about: str
     path: Path
@@ -65,14 +65,14 @@ def read_encoder(path: Path) -> FoundEncoder:
     return _read_checkpoint(latest)
 
 
-def read_networks(path: Path) -> tuple[dict[str, dict[str, Tensor]], FoundEncoder]:
+def read_networks(path: Path) -> tuple[dict[str, Mapping[str, Tensor]], FoundEncoder]:
     """Every network in `path` under the released names of the parts, and the encoder to use.
 
     `target_encoder` (`ema_encoder` of a distilled student), `encoder` and `predictor`, as far as
     they are there. Takes the same places as `read_encoder`, and raises CheckpointError as it does.
     """
     found = read_encoder(path)
-    networks = {_PART: found.tensors}
+    networks: dict[str, Mapping[str, Tensor]] = {_PART: found.tensors}
     if found.kind == "checkpoint":
         checkpoint = load_checkpoint(found.path, parts=("encoder", "predictor"))
         networks |= checkpoint.tensors

@@ -7,11 +7,13 @@ the run is moved. Nothing here trusts it; the newest is found by name.
 
     path = save_checkpoint(run, 120, {"encoder": encoder.state_dict()}, {"model": {...}}, keep=3)
     checkpoint = load_checkpoint(latest_checkpoint(run))
+
+Ranks take the steps of a save apart: the first one calls `begin` and, when all have written their
+shares into that folder, `publish`.
 """
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import platform
@@ -27,14 +29,23 @@ from torch import Tensor
 
 import fastjepa
 from fastjepa.checkpoint.durable import point, sync
-from fastjepa.checkpoint.tensor_file import CheckpointError, read_tensors, write_tensors
+from fastjepa.checkpoint.manifest import (
+    STATE,
+    Manifest,
+    Written,
+    check_content,
+    check_size,
+    read_manifest,
+    write_manifest,
+    write_shares,
+)
+from fastjepa.checkpoint.pieces import Shares, StoredTensors, whole
+from fastjepa.checkpoint.tensor_file import CheckpointError
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
-_MANIFEST = "manifest.json"
-_STATE = "state.json"
 _TEMPORARY = ".tmp-"
 # What the old folder is called while a save of the same step takes its name.
 _REPLACED = ".replaced"
@@ -43,11 +54,12 @@ _STEP = re.compile(r"step-(\d{8,})(\.replaced)?")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved: `tensors[part][name]` on the CPU, `state` as given, who wrote it."""
+    """What was saved: `tensors[part][name]`, each read as it is asked for, `state` as given, who
+    wrote it."""
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, StoredTensors]
     state: dict[str, Any]
     versions: dict[str, str]
 
@@ -59,7 +71,7 @@ def save_checkpoint(
     state: Mapping[str, JSON],
     keep: int,
 ) -> Path:
-    """Save a checkpoint of the run in `folder`; returns its folder.
+    """Save a checkpoint of the run in `folder`, here and now; returns its folder.
 
     `tensors` maps a part (`encoder`) to its named tensors, one file each. The newest `keep`
     complete checkpoints stay; older ones are removed once this one is on the disk, as are leftovers
@@ -68,24 +80,62 @@ def save_checkpoint(
     """
     if step < 0 or keep < 1:
         raise CheckpointError(f"expected step >= 0 and keep >= 1, got step {step}, keep {keep}")
+    text = state_text(step, state)
+    shares = {part: whole(named) for part, named in tensors.items()}
+    try:
+        temporary = begin(folder, step)
+        try:
+            return publish(temporary, [write_shares(temporary, shares)], text, keep)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(cannot_save(folder, step, num_bytes(shares), error)) from error
+
+
+def state_text(step: int, state: Mapping[str, JSON]) -> str:
+    """What a checkpoint's state.json holds. Raises CheckpointError for what is not JSON."""
     reserved = {"step", "versions"} & state.keys()
     if reserved:
         raise CheckpointError(
             f"state: the keys {sorted(reserved)} are written by the checkpoint itself"
         )
     try:
-        text = json.dumps({"step": step, "versions": _versions(), **state}, indent=1)
+        return json.dumps({"step": step, "versions": _versions(), **state}, indent=1)
     except TypeError as error:
         raise CheckpointError(f"state of step {step} is not JSON: {error}") from error
-    final = folder / CHECKPOINTS / f"step-{step:08d}"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final.parent)
-        _write(final, tensors, text)
-        _prune(final, keep)
-    except OSError as error:
-        raise CheckpointError(_cannot_save(final, tensors, text, error)) from error
+
+
+def begin(folder: Path, step: int) -> Path:
+    """Make the temporary folder that a save is written to, and clear the leftovers of killed ones.
+
+    Raises OSError.
+    """
+    final = _final(folder, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(final.parent)
+    temporary = final.with_name(f"{_TEMPORARY}{final.name}-{os.getpid()}")
+    temporary.mkdir()
+    return temporary
+
+
+def publish(temporary: Path, written: Collection[Written], state: str, keep: int) -> Path:
+    """Make a checkpoint of what the ranks have written, and remove those beyond the newest `keep`.
+
+    Returns its folder. Raises OSError; the temporary folder is then still there.
+    """
+    final = temporary.with_name(temporary.name.removeprefix(_TEMPORARY).rpartition("-")[0])
+    write_manifest(temporary, written, state)
+    _set_aside(final)
+    temporary.rename(final)
+    sync(final.parent)
+    _point_latest(final)
+    _prune(final, keep)
     return final
+
+
+def num_bytes(shares: Shares) -> int:
+    """What the shares take on the disk, about."""
+    return sum(piece.data.nbytes for pieces in shares.values() for piece in pieces.values())
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -94,27 +144,32 @@ def latest_checkpoint(folder: Path) -> Path | None:
     Complete: the manifest is sound and each file has its size. Contents are compared with it by
     `load_checkpoint`.
     """
-    return next((path for path in _newest_first(folder / CHECKPOINTS) if is_complete(path)), None)
+    return next((path for path in newest_first(folder) if is_complete(path)), None)
 
 
-def load_checkpoint(path: Path, parts: Collection[str] | None = None) -> Checkpoint:
-    """Read a checkpoint folder, every file compared with the manifest; `parts` limits it to some.
+def newest_first(folder: Path) -> list[Path]:
+    """Every checkpoint of the run in `folder`, sound or damaged, by step."""
+    return _newest_first(folder / CHECKPOINTS)
 
-    Raises CheckpointError that names the missing, truncated or altered file, and the previous sound
+
+def load_checkpoint(
+    path: Path, parts: Collection[str] | None = None, turn: tuple[int, int] = (0, 1)
+) -> Checkpoint:
+    """Open a checkpoint folder, every file compared with the manifest; `parts` limits it to some.
+
+    `turn` (r, R): R ranks open it together, and this one, r, compares every R-th file. Raises
+    CheckpointError that names the missing, truncated or altered file, and the previous sound
     checkpoint.
     """
     path = path.resolve()
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder")
     try:
-        files = _verified(path, parts)
-        record = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        manifest = _verified(path, parts, turn)
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
         step, versions = record.pop("step"), record.pop("versions")
-        tensors = {
-            name.removesuffix(".safetensors"): read_tensors(path / name)[0]
-            for name in files
-            if name.endswith(".safetensors")
-        }
+        names = manifest.parts() if parts is None else parts
+        tensors = {part: manifest.tensors(path, part) for part in names}
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {_way_out(path)}") from error
     return Checkpoint(path, step, tensors, record, versions)
@@ -123,31 +178,15 @@ def load_checkpoint(path: Path, parts: Collection[str] | None = None) -> Checkpo
 def is_complete(path: Path) -> bool:
     """Whether `path` is a checkpoint folder with a sound manifest and files of the right sizes."""
     try:
-        for name, (size, _) in _read_manifest(path).items():
-            _check_size(path / name, size)
+        for name, (size, _) in read_manifest(path).files.items():
+            check_size(path / name, size)
     except CheckpointError:
         return False
     return True
 
 
-def _write(final: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: str) -> None:
-    """Write everything under a temporary name, bring it to the disk, and give it its name."""
-    temporary = final.with_name(f"{_TEMPORARY}{final.name}-{os.getpid()}")
-    try:
-        temporary.mkdir()
-        for part, named in tensors.items():
-            write_tensors(temporary / f"{part}.safetensors", named)
-        (temporary / _STATE).write_text(text, encoding="utf-8")
-        _write_manifest(temporary)
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        _set_aside(final)
-        temporary.rename(final)
-        sync(final.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _point_latest(final)
+def _final(folder: Path, step: int) -> Path:
+    return folder / CHECKPOINTS / f"step-{step:08d}"
 
 
 def _set_aside(final: Path) -> None:
@@ -166,15 +205,6 @@ def _point_latest(final: Path) -> None:
         # Some file systems know no symbolic links; resuming does not need this one.
         if error.errno not in {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}:
             raise
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.iterdir())
-    }
-    manifest = {"files": files, "sha256": _seal(files)}
-    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _prune(final: Path, keep: int) -> None:
@@ -217,62 +247,18 @@ def _newest_first(home: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def _verified(path: Path, parts: Collection[str] | None) -> list[str]:
-    """The files of `parts` (all when None), each compared with the manifest."""
-    manifest = _read_manifest(path)
-    wanted = (
-        set(manifest) if parts is None else {_STATE, *(f"{part}.safetensors" for part in parts)}
-    )
-    absent = sorted(wanted - manifest.keys())
+def _verified(path: Path, parts: Collection[str] | None, turn: tuple[int, int]) -> Manifest:
+    """The manifest, with which the files of `parts` (all when None) have been compared."""
+    manifest = read_manifest(path)
+    known = manifest.parts()
+    absent = sorted(set(parts or ()) - set(known))
     if absent:
-        raise CheckpointError(f"{path}: holds no {', '.join(absent)}; it has {', '.join(manifest)}")
-    for name in sorted(wanted):
-        size, digest = manifest[name]
-        _check_size(path / name, size)
-        try:
-            found = _sha256(path / name)
-        except OSError as error:
-            raise CheckpointError(f"{path / name}: cannot be read: {error.strerror}") from error
-        if found != digest:
-            raise CheckpointError(f"{path / name}: damaged, its SHA-256 is not the manifest's")
-    return sorted(wanted)
-
-
-def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    file = path / _MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if _seal(files) != manifest["sha256"] or _STATE not in files:
-            raise CheckpointError(f"{file}: damaged, its contents do not match its own SHA-256")
-        return {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing, so {path} is not a complete checkpoint") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: damaged, not a manifest: {error!r}") from error
-
-
-def _check_size(file: Path, size: int) -> None:
-    try:
-        found = file.stat().st_size
-    except OSError as error:
-        raise CheckpointError(f"{file}: missing ({error.strerror})") from error
-    if found != size:
-        kind = "truncated" if found < size else "too long"
-        raise CheckpointError(f"{file}: {kind}, {found} bytes where the manifest says {size}")
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _seal(files: object) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+        raise CheckpointError(f"{path}: holds no {', '.join(absent)}; it has {', '.join(known)}")
+    names = sorted(manifest.files if parts is None else manifest.files_of(parts))
+    rank, ranks = turn
+    for name in names[rank::ranks]:
+        check_content(path / name, *manifest.files[name])
+    return manifest
 
 
 def _versions() -> dict[str, str]:
@@ -286,22 +272,24 @@ def _versions() -> dict[str, str]:
 def _way_out(path: Path) -> str:
     """For an error about `path`: the newest sound checkpoint of a lower step."""
     siblings = _newest_first(path.parent)
-    older = siblings[siblings.index(path) + 1 :] if path in siblings else []
-    for candidate in older:
+    place = siblings.index(path) if path in siblings else len(siblings)
+    for number, candidate in enumerate(siblings[place + 1 :], start=place + 1):
         with contextlib.suppress(CheckpointError):
-            _verified(candidate, None)
+            _verified(candidate, None, (0, 1))
+            # A run goes on from its newest.
+            aside = " && ".join(f"mv {newer} {newer}.damaged" for newer in siblings[:number])
             return (
-                f"the previous complete checkpoint is {candidate}: remove {path} to go on from it"
+                f"the previous complete checkpoint is {candidate}: to go on from it, {aside} "
+                "and give the same command again"
             )
     return "there is no earlier complete checkpoint"
 
 
-def _cannot_save(
-    final: Path, tensors: Mapping[str, Mapping[str, Tensor]], text: str, error: OSError
-) -> str:
-    needed = len(text) + sum(t.nbytes for named in tensors.values() for t in named.values())
+def cannot_save(folder: Path, step: int, needed: int, error: OSError) -> str:
+    """What to say when the checkpoint of a step, of `needed` bytes, cannot be written."""
+    final = _final(folder, step)
     free = shutil.disk_usage(next(parent for parent in final.parents if parent.exists())).free
-    last = latest_checkpoint(final.parent.parent)
+    last = latest_checkpoint(folder)
     about = (
         f" ({error.filename})" if error.filename and _TEMPORARY not in str(error.filename) else ""
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastjepa.checkpoint.tensor_file import CheckpointError
+from fastjepa.checkpoint.tensor_file import CheckpointError, described
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -26,6 +26,7 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
 
 def check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> None:
     """Compare names, shapes and dtypes. Raises CheckpointError that names every difference."""
+    found = described(found)
     shared = [name for name in wanted if name in found]
     differences = {
         "missing": [name for name in wanted if name not in found],

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.checkpoint import load_strict, pack_optimizer, unpack_optimizer
+from fastjepa.checkpoint.pieces import Shares, host_copy, wait_for_copies, whole
 from fastjepa.objective.health import gradient_norms
 from fastjepa.observe.stages import stage
 from fastjepa.optim.param_groups import param_groups
@@ -54,12 +55,12 @@ class Engine(Protocol):
     def step(self, *, lr: float, weight_decay: float, momentum: float, veto: Tensor) -> None:
         """AdamW, then the EMA of the result; where `veto` is 1 neither changes anything."""
 
-    def state(self) -> Parts:
-        """Weights and moments as a checkpoint's parts, complete on the first rank, empty on the
-        others: `encoder`, `predictor`, `target_encoder` and `optimizer`."""
+    def snapshot(self) -> Shares:
+        """This rank's share of weights and moments as a checkpoint's parts, copied to the host:
+        `encoder`, `predictor`, `target_encoder` and `optimizer`; all ranks' are everything."""
 
     def load(self, parts: Parts, what: str) -> None:
-        """Take over those parts of `state()` that are given, from every rank.
+        """Take over those parts of a checkpoint that are given; a rank reads its share of them.
 
         `what` names the file in errors. Raises CheckpointError naming each tensor that does not
         fit.
@@ -154,11 +155,17 @@ class TorchEngine:
         with stage("EMA"):
             ema_update(*self.ema_pairs, momentum, veto=veto)
 
-    def state(self) -> Parts:
-        parts: dict[str, dict[str, Tensor]] = {
+    def snapshot(self) -> Shares:
+        parts: dict[str, Mapping[str, Tensor]] = {
             name: module.state_dict() for name, module in self.networks.items()
         }
-        return parts | {"optimizer": pack_optimizer(self.optimizer, self.named)}
+        parts["optimizer"] = pack_optimizer(self.optimizer, self.named)
+        copies = {
+            part: whole({name: host_copy(tensor) for name, tensor in tensors.items()})
+            for part, tensors in parts.items()
+        }
+        wait_for_copies(self.device)
+        return copies
 
     def load(self, parts: Parts, what: str) -> None:
         for name, module in self.networks.items():

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastjepa.checkpoint.pieces import Shares, wait_for_copies
 from fastjepa.model.block import Block
 from fastjepa.optim.param_groups import param_groups
 from fastjepa.train.engine import Parts, named_parameters, set_schedule
@@ -148,8 +149,10 @@ class DeepSpeedEngine:
             self.shards.update_ema(momentum)
         self._norms, self._whole_gradients = None, False
 
-    def state(self) -> Parts:
-        return self.shards.state()
+    def snapshot(self) -> Shares:
+        copies = self.shards.snapshot()
+        wait_for_copies(self.device)
+        return copies
 
     def load(self, parts: Parts, what: str) -> None:
         self.shards.load(parts, what)

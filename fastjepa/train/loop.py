@@ -4,6 +4,7 @@ checkpoint.
 Resuming needs only the step: the plan gives the place in the data, the loaders start there.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from fastjepa.train.guard import LossGuard
 from fastjepa.train.plan import StepPlan
 from fastjepa.train.ranks import RanksError
 from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
+from fastjepa.train.saver import Saver
 from fastjepa.train.signals import StopRequest
 from fastjepa.train.state import save
 from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
@@ -66,7 +68,7 @@ class Trainer:
     console: Console
     log_every: int
     checkpoint_every: int
-    keep_checkpoints: int
+    saver: Saver
     max_skips: int
     step: int = 0
     wandb_project: str | None = None
@@ -116,6 +118,7 @@ class Trainer:
                         self._check_skips(metrics)
                     else:
                         self.console.update({"step": self.step})
+                    self.saver.poll()
                     if self.step % self.checkpoint_every == 0:
                         with meter.paused():
                             self.save()
@@ -124,8 +127,11 @@ class Trainer:
                 self.console.close()
                 for loader in self.loaders.values():
                     loader.close()
+                if sys.exc_info()[0] is not None:
+                    self.saver.abandon()
             if saved != self.step:
                 self.save()
+            self.saver.wait()
         return self.step == self.plan.steps
 
     def _is_evaluated(self, step: int) -> bool:
@@ -140,8 +146,8 @@ class Trainer:
         return metrics
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
-        save(self.folder, self.step, self.engine, self.guard, self.facts, self.keep_checkpoints)
+        """Begin a checkpoint of the present step."""
+        save(self.saver, self.step, self.engine, self.guard, self.facts)
 
     def probe_clip(self, stream: str) -> torch.Tensor:
         """The fixed clip that health and pictures are taken on: uint8 [1, 3, T, H, W]."""

@@ -1,8 +1,10 @@
 """A run's state to and from a checkpoint: weights, moments, EMA, guard, random numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from fastjepa.checkpoint import (
     Checkpoint,
@@ -12,43 +14,77 @@ from fastjepa.checkpoint import (
     pack_rng,
     read_encoder,
     read_official,
-    save_checkpoint,
     unpack_rng,
 )
+from fastjepa.checkpoint.layout import newest_first
+from fastjepa.checkpoint.pieces import host_copy, wait_for_copies, whole
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
+from fastjepa.train.ranks import Ranks, RanksError
+from fastjepa.train.saver import Saver
 
 InitWith = Literal["weights", "optimizer", "average"]
 WEIGHTS = ("encoder", "predictor", "target_encoder")
 ENGINE = (*WEIGHTS, "optimizer")
 
 
-def save(
-    folder: Path, step: int, engine: Engine, guard: LossGuard, facts: dict[str, Any], keep: int
-) -> None:
-    """Write a checkpoint of `step` finished steps; `facts` (model sizes, ...) go into its state.
+class DamagedError(CheckpointError, RanksError):
+    """A rank has found a checkpoint damaged; every rank raises it."""
 
-    All ranks call it and the first one writes, the same files whatever the engine: any number of
-    ranks can go on from them.
+
+def save(
+    saver: Saver, step: int, engine: Engine, guard: LossGuard, facts: Mapping[str, Any]
+) -> None:
+    """Copy the state after `step` finished steps and begin to write it; all ranks call it.
+
+    `facts` (model sizes, ...) go into the checkpoint's state. The same tensors whatever the engine:
+    any number of ranks can go on from them.
     """
-    parts = engine.state()
-    if engine.ranks.first:
-        tensors = {**parts, "guard": guard.state(), "rng": pack_rng()}
-        save_checkpoint(folder, step, tensors, facts, keep)
+    saver.wait()
+    shares = engine.snapshot()
+    alone = {
+        "guard": {name: host_copy(tensor) for name, tensor in guard.state().items()},
+        "rng": pack_rng(),
+    }
+    wait_for_copies(engine.device)
+    saver.start(step, shares, {part: whole(tensors) for part, tensors in alone.items()}, facts)
 
 
 def resume(folder: Path, engine: Engine, guard: LossGuard) -> Checkpoint | None:
-    """Restore the newest complete checkpoint of `folder`; None if there is none.
+    """Restore the newest checkpoint of `folder`, all ranks together; None if there is none.
 
-    Raises CheckpointError (a ValueError) naming what does not fit, before anything is changed.
+    Raises CheckpointError (a ValueError) naming a damaged file or what does not fit, before
+    anything is changed, and RanksError where ranks see other checkpoints.
     """
-    path = latest_checkpoint(folder)
-    if path is None:
-        return None
-    checkpoint = load_checkpoint(path)
+    path = next(iter(newest_first(folder)), None)
+    ranks = engine.ranks
+    ranks.check_same({"the newest checkpoint": "none" if path is None else path.name})
+    return None if path is None else restore(path, engine, guard)
+
+
+def restore(path: Path, engine: Engine, guard: LossGuard) -> Checkpoint:
+    """Restore one checkpoint, all ranks together; raises as `resume` does."""
+    checkpoint = open_together(path, engine.ranks)
     engine.load({name: checkpoint.tensors[name] for name in ENGINE}, str(path))
-    guard.load(checkpoint.tensors["guard"])
+    guard.load(dict(checkpoint.tensors["guard"]))
     unpack_rng(checkpoint.tensors["rng"])
+    return checkpoint
+
+
+def open_together(path: Path, ranks: Ranks, parts: Collection[str] | None = None) -> Checkpoint:
+    """A checkpoint whose files the ranks have compared with its manifest, each some of them.
+
+    Raises DamagedError on all ranks.
+    """
+    checkpoint, told = None, None
+    try:
+        checkpoint = load_checkpoint(path, parts, turn=(ranks.rank, ranks.size))
+    except CheckpointError as error:
+        told = str(error)
+    failures = [failure for failure in ranks.gather(told) if failure is not None]
+    if failures:
+        raise DamagedError(failures[0])
+    assert checkpoint is not None
     return checkpoint
 
 
@@ -83,9 +119,10 @@ def load_initial(path: Path, engine: Engine, init_with: InitWith = "weights") ->
             f"train.init_from {path}: no run folder and no checkpoint, so it holds no moments for "
             "train.init_with optimizer; weights or average fits"
         )
+    loaded: dict[str, Mapping[str, Tensor]] = {}
     if path.is_dir():
         parts = ENGINE if moments else WEIGHTS
-        loaded = load_checkpoint(latest_checkpoint(path) or path, parts=parts).tensors
+        loaded |= open_together(latest_checkpoint(path) or path, engine.ranks, parts).tensors
     elif path.suffix in (".pt", ".pth", ".tar"):
         target, predictor, info = read_official(path)
         loaded = {"target_encoder": target, "encoder": target}

@@ -97,16 +97,15 @@ class Layout(ABC):
         self._vetoed = veto
         self.engine.step()
 
-    def gather(self, shard: Tensor) -> list[Tensor]:
-        """Every rank's tensor on the first rank, nothing on the others."""
-        tensors = [torch.empty_like(shard) for _ in range(self.size)] if self.rank == 0 else []
-        dist.gather(shard, tensors or None)
-        return tensors
-
     @cached_property
     def own(self) -> Sequence[Fragment]:
         """The fragments of this rank."""
         return self.fragments(self.rank)
+
+    @cached_property
+    def saved(self) -> Sequence[Fragment]:
+        """The fragments that this rank writes: all ranks' together are every parameter once."""
+        return self.own if self.sharded else self.own[self.rank :: self.size]
 
     def check(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raises ValueError unless each fragment of the masters is the live weight of its name."""
@@ -178,9 +177,6 @@ class WholeLayout(Layout):
             self.engine.zero_grad()
         else:
             self.engine.step()
-
-    def gather(self, shard: Tensor) -> list[Tensor]:
-        return [shard] if self.rank == 0 else []
 
 
 class FlatLayout(Layout):

@@ -7,12 +7,13 @@ stages 1 and 2), their sub-groups (3) or parameters (0); a fragment is the stret
 that a shard holds. `zero_layout.py` knows where DeepSpeed keeps them.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from fastjepa.checkpoint.pieces import Piece, host_copy, stretch
 from fastjepa.checkpoint.strict import check_fit
 from fastjepa.objective.health import part_of
 from fastjepa.train.zero_layout import Layout
@@ -61,51 +62,47 @@ class ZeroShards:
         parts = dict(zip(self._parts, squares.sqrt().unbind(), strict=True))
         return {"grad_norm": squares.sum().sqrt()} | {f"grad_norm/{n}": x for n, x in parts.items()}
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """A checkpoint's parts, whole and on the host of the first rank; empty on the others."""
+    def snapshot(self) -> dict[str, dict[str, Piece]]:
+        """This rank's pieces of a checkpoint's parts, being copied to the host."""
         masters = dict(enumerate(self._layout.masters()))
-        weights = self._whole(masters)
-        ema = self._whole(self.ema)
         optimizer = self._layout.client.state
-        trained = all(master in optimizer for master in masters.values())
         moments = {
-            key: self._whole({s: optimizer[master][key] for s, master in masters.items()})
-            for key in (MOMENTS if trained else ())
+            key: {s: optimizer[master][key] for s, master in masters.items()}
+            for key in (MOMENTS if all(master in optimizer for master in masters.values()) else ())
         }
-        if dist.get_rank():
-            return {}
-        steps = torch.zeros(())
-        if trained:
-            steps = optimizer[masters[0]]["step"].detach().cpu()
-        packed = {f"{name}.step": steps.clone() for name in self._shapes}
-        for key, whole in moments.items():
-            packed |= {f"{name}.{key}": tensor for name, tensor in whole.items()}
+        steps = optimizer[masters[0]]["step"].detach().cpu() if moments else torch.zeros(())
+        weights = self._pieces(masters)
+        packed = {
+            f"{fragment.name}.step": Piece(steps.clone(), ())
+            for fragment in self._layout.saved
+            if fragment.start == 0
+        }
+        for key, shards in moments.items():
+            packed |= {f"{name}.{key}": piece for name, piece in self._pieces(shards).items()}
         return {
             "encoder": _under("encoder.", weights),
             "predictor": _under("predictor.", weights),
-            "target_encoder": _under("encoder.", ema),
+            "target_encoder": _under("encoder.", self._pieces(self.ema)),
             "optimizer": packed,
         }
 
     def load(self, parts: Mapping[str, Tensors], what: str) -> None:
-        """Take over those of `state()`'s parts that are given, from every rank.
+        """Take over those of a checkpoint's parts that are given; of stored ones only this rank's
+        stretches are read.
 
         Raises CheckpointError naming each tensor that does not fit, before anything is changed.
         """
-        weights: dict[str, Tensor] = {}
-        for part in ("encoder", "predictor"):
+        for part in ("encoder", "predictor", "target_encoder"):
             if part in parts:
-                check_fit(self._empty(f"{part}."), parts[part], f"{what}: {part}")
-                weights |= {f"{part}.{name}": tensor for name, tensor in parts[part].items()}
-        ema = parts.get("target_encoder", {})
-        if ema:
-            check_fit(self._empty("encoder."), ema, f"{what}: target_encoder")
+                own = "encoder." if part == "target_encoder" else f"{part}."
+                check_fit(self._empty(own), parts[part], f"{what}: {part}")
         if "optimizer" in parts:
             self._check_moments(parts["optimizer"], f"{what}: optimizer")
             self._load_moments(parts["optimizer"])
         masters = dict(enumerate(self._layout.masters()))
-        self._fill(masters, weights.get)
-        self._fill(self.ema, lambda name: ema.get(name.removeprefix("encoder.")))
+        for part in ("encoder", "predictor"):
+            self._fill(masters, parts.get(part, {}), f"{part}.")
+        self._fill(self.ema, parts.get("target_encoder", {}), "encoder.")
         self._layout.refresh()
         self._layout.publish(self._targets, self.ema)
 
@@ -119,27 +116,33 @@ class ZeroShards:
         kinds |= self._layout.working(self._targets)
         return {kind: _storage_bytes(tensors) for kind, tensors in kinds.items()}
 
-    def _whole(self, shards: Mapping[int, Tensor]) -> dict[str, Tensor]:
-        """Parameters put together on the first rank from all ranks' shards of one kind."""
-        whole: dict[str, Tensor] = {}
-        for number, shard in shards.items():
-            gathered = self._layout.gather(shard.detach())
-            for rank, tensor in enumerate(gathered):
-                for fragment in self._layout.fragments(rank):
-                    if fragment.shard != number:
-                        continue
-                    shape = self._shapes[fragment.name]
-                    to = whole.setdefault(fragment.name, torch.empty(shape, dtype=torch.float32))
-                    fragment.within(to).copy_(fragment.of(tensor))
-        return whole
+    def _pieces(self, shards: Mapping[int, Tensor]) -> dict[str, Piece]:
+        """What this rank writes of shards of one kind, each copied once."""
+        saved = [fragment for fragment in self._layout.saved if fragment.shard in shards]
+        copies = {number: host_copy(shards[number]) for number in {f.shard for f in saved}}
+        pieces: dict[str, Piece] = {}
+        for fragment in saved:
+            data, shape = fragment.of(copies[fragment.shard]), self._shapes[fragment.name]
+            complete = fragment.numel == shape.numel()
+            pieces[fragment.name] = Piece(
+                data.view(shape) if complete else data, tuple(shape), fragment.start
+            )
+        return pieces
 
-    def _fill(self, shards: Mapping[int, Tensor], whole: Callable[[str], Tensor | None]) -> None:
-        """This rank's stretches of whole parameters into its shards of one kind."""
+    @torch.no_grad()
+    def _fill(
+        self, shards: Mapping[int, Tensor], tensors: Tensors, prefix: str, suffix: str = ""
+    ) -> None:
+        """This rank's stretches of whole tensors into its shards of one kind.
+
+        A parameter's tensor has its name without `prefix` and with `suffix`; those that are not
+        there leave the shards as they are.
+        """
         for fragment in self._layout.own:
-            found = whole(fragment.name) if fragment.shard in shards else None
-            if found is not None:
-                with torch.no_grad():
-                    fragment.of(shards[fragment.shard]).copy_(fragment.within(found))
+            name = f"{fragment.name.removeprefix(prefix)}{suffix}"
+            if fragment.shard in shards and fragment.name.startswith(prefix) and name in tensors:
+                found = stretch(tensors, name, fragment.start, fragment.numel)
+                fragment.of(shards[fragment.shard]).copy_(found)
 
     def _check_moments(self, found: Tensors, what: str) -> None:
         wanted: dict[str, Tensor] = {}
@@ -164,7 +167,7 @@ class ZeroShards:
             }
         for key in MOMENTS:
             moments = {shard: state[master][key] for shard, master in masters.items()}
-            self._fill(moments, lambda name, key=key: found.get(f"{name}.{key}"))  # type: ignore[misc]
+            self._fill(moments, found, "", f".{key}")
 
     def _empty(self, part: str) -> dict[str, Tensor]:
         """The parameters of a part as tensors without memory."""
@@ -175,9 +178,9 @@ class ZeroShards:
         }
 
 
-def _under(part: str, tensors: Tensors) -> dict[str, Tensor]:
+def _under(part: str, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
     return {
-        name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)
+        name.removeprefix(part): piece for name, piece in pieces.items() if name.startswith(part)
     }
 
 

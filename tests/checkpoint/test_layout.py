@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastjepa.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+from fastjepa.checkpoint.layout import newest_first
 from fastjepa.checkpoint.run_folder import check_writable
 
 PARTS = ("encoder", "target_encoder", "predictor", "optimizer", "rng")
@@ -235,11 +236,13 @@ def test_a_truncated_or_missing_file_is_named_and_the_previous_checkpoint_offere
     assert f"{third / name}: " in said
     assert name == "manifest.json" or f"{name}: {damage}" in said
     # The second is altered too, though no size shows it: the first is the one to offer.
-    assert said.endswith(
-        f"the previous complete checkpoint is {first}: remove {third} to go on from it"
-    )
+    offer = f"the previous complete checkpoint is {first}: to go on from it, "
+    aside, end = said.partition(offer)[2].split(" and give ")
+    assert end == "the same command again"
     assert "\n" not in said
     assert latest_checkpoint(tmp_path) == second
+    subprocess.run(aside, shell=True, check=True)
+    assert newest_first(tmp_path) == [first]
 
 
 def test_damage_to_the_only_checkpoint_says_that_there_is_no_other(tmp_path: Path) -> None:
@@ -256,7 +259,7 @@ def test_one_part_can_be_read_without_the_others(tmp_path: Path) -> None:
     (path / "optimizer.safetensors").write_bytes(b"gone")
     assert load_checkpoint(path, parts=["encoder"]).tensors.keys() == {"encoder"}
     with pytest.raises(
-        CheckpointError, match=r"holds no teacher\.safetensors; it has encoder\.safetensors, "
+        CheckpointError, match="holds no teacher; it has encoder, target_encoder, predictor"
     ):
         load_checkpoint(path, parts=["teacher"])
 

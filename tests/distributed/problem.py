@@ -89,7 +89,14 @@ def alone(jepa: Jepa, *, dtype: torch.dtype = torch.float32, clip: float | None 
     )  # fmt: skip
 
 
-def flat(parts: object) -> Tensor:
-    """Every tensor of a checkpoint's parts in one row."""
-    assert isinstance(parts, dict)
-    return torch.cat([t.flatten().double() for part in parts.values() for t in part.values()])
+def state(engine: Engine) -> dict[str, dict[str, Tensor]]:
+    """A checkpoint's parts, put together on every rank from all ranks' pieces."""
+    whole: dict[str, dict[str, Tensor]] = {}
+    for shares in engine.ranks.gather(engine.snapshot()):
+        for part, pieces in shares.items():
+            tensors = whole.setdefault(part, {})
+            for name, piece in pieces.items():
+                nothing = torch.full(piece.shape, torch.nan, dtype=piece.data.dtype)
+                to = tensors.setdefault(name, nothing).view(-1)
+                to[piece.start : piece.start + piece.data.numel()] = piece.data.view(-1)
+    return whole

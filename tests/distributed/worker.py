@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problem import CPU, alone, guard, networks, train
+from problem import CPU, alone, guard, networks, state, train
 from sent import Sent
 from torch import Tensor
-from torch import distributed as dist
 
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine
 from fastjepa.train.ranks import Ranks, join
@@ -47,23 +46,23 @@ def against_one_process(
     made = engine(jepa, ranks, stage, clip=0.5, **options)
     task = {"ranks": ranks.size, "num": 2, "momentum": MOMENTUM, "spoilt": (SPOILT,)}
     losses, norms, vetoes = train(jepa, made, steps=range(steps), **task)
-    state, everyone = made.state(), ranks.gather(vetoes)
+    found, everyone = state(made), ranks.gather(vetoes)
     if not ranks.first:
         return {}
     single = networks()
     one = alone(single, dtype=options["dtype"], clip=0.5)
     wanted_losses, wanted_norms, _ = train(single, one, steps=range(steps), **task)
-    wanted = one.state()
+    wanted = state(one)
     return {
         "loss_error": error(losses, wanted_losses),
         "norm_error": error(norms, wanted_norms),
         "weight_error": max(
-            float((state[part][name] - tensor).abs().max())
+            float((found[part][name] - tensor).abs().max())
             for part in ("encoder", "predictor", "target_encoder")
             for name, tensor in wanted[part].items()
         ),
         "vetoes": everyone,
-        "steps_counted": {float(t) for n, t in state["optimizer"].items() if n.endswith(".step")}
+        "steps_counted": {float(t) for n, t in found["optimizer"].items() if n.endswith(".step")}
         == {float(steps - 1)},
     }
 
@@ -81,7 +80,7 @@ def against_a_full_ema(ranks: Ranks, stage: int, **options: Any) -> Findings:
     """The shards put together beside an average of all weights in one piece, step by step."""
     jepa = networks()
     made = engine(jepa, ranks, stage, **options)
-    full = made.state().get("target_encoder", {})
+    full = state(made)["target_encoder"]
     equal = published = True
     for step in range(STEPS):
         spoilt = (step,) if step == SPOILT else ()
@@ -89,18 +88,17 @@ def against_a_full_ema(ranks: Ranks, stage: int, **options: Any) -> Findings:
             jepa, made, ranks=ranks.size, steps=range(step, step + 1), momentum=MOMENTUM,
             spoilt=spoilt,
         )  # fmt: skip
-        state = made.state()
-        if ranks.first and not veto:
-            ema_update(list(full.values()), list(state["encoder"].values()), MOMENTUM)
-        whole = [{n: t.to(options["dtype"]).float() for n, t in full.items()}]
-        dist.broadcast_object_list(whole)
+        found = state(made)
+        if not veto:
+            sources = [found["encoder"][name] for name in full]
+            ema_update(list(full.values()), sources, MOMENTUM)
+        whole = {n: t.to(options["dtype"]).float() for n, t in full.items()}
         if stage < 3:
             made._layout.wait()
         seen = whole_target(jepa, stage)
-        published &= all(torch.equal(seen[name], whole[0][name]) for name in seen)
-        if ranks.first:
-            found = state["target_encoder"]
-            equal &= all(torch.equal(found[name], tensor) for name, tensor in full.items())
+        published &= all(torch.equal(seen[name], whole[name]) for name in seen)
+        ema = found["target_encoder"]
+        equal &= all(torch.equal(ema[name], tensor) for name, tensor in full.items())
     return {"equal": equal, "published": ranks.gather(published)}
 
 
@@ -110,12 +108,11 @@ def resumed_elsewhere(ranks: Ranks, stage: int, other: int) -> Findings:
     made = engine(jepa, ranks, stage, **FULL)
     watch = guard()
     first = train(jepa, made, ranks=ranks.size, steps=range(2), watch=watch)
-    states = [made.state()]
-    dist.broadcast_object_list(states)
+    saved = state(made)
     straight = train(jepa, made, ranks=ranks.size, steps=range(2, 4), watch=watch)
     again = networks(seed=1)
     second = engine(again, ranks, other, **FULL)
-    second.load(states[0], "the other stage")
+    second.load(saved, "the other stage")
     cut = train(again, second, ranks=ranks.size, steps=range(2, 4))
     return {"first": first[0], "straight": straight[0], "cut": cut[0]}
 
@@ -126,12 +123,12 @@ def jumps(ranks: Ranks) -> Findings:
     made = engine(jepa, ranks, 2, **FULL)
     watch = guard(sigma=4.0)
     train(jepa, made, ranks=ranks.size, steps=range(4), watch=watch)
-    before = made.state()
+    before = state(made)
     if ranks.rank == ranks.size - 1:
         with torch.no_grad():
             jepa.predictor.predictor_proj.bias += 100.0
     _, _, vetoes = train(jepa, made, ranks=ranks.size, steps=range(4, 5), watch=watch)
-    after = made.state()
+    after = state(made)
     same = all(
         torch.equal(before[part][name], tensor)
         for part in after
