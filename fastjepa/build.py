@@ -44,6 +44,7 @@ from fastjepa.train.guard import LossGuard
 from fastjepa.train.loop import Trainer
 from fastjepa.train.plan import StepPlan
 from fastjepa.train.ranks import ALONE, Ranks, RanksError
+from fastjepa.train.returns import Returns
 from fastjepa.train.saver import Saver
 from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
@@ -100,6 +101,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         device=device,
     )
     folder = recipe.run.folder
+    returns = Returns(recipe.guard.return_after, recipe.guard.max_returns)
     checkpoint = resume(folder, engine, guard)
     samples_per_step = {
         name: stream.clips * recipe.optim.accumulate * ranks.size
@@ -107,6 +109,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     }
     if checkpoint is not None:
         check_samples(checkpoint, samples_per_step)
+        returns.load(checkpoint.state)
         if recipe.distill is not None:
             check_teacher(checkpoint, recipe.distill.teacher, facts["teacher"])
         console.say(f"resumed from {checkpoint.path}, step {checkpoint.step}")
@@ -128,6 +131,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         checkpoint_every=recipe.train.checkpoint_every,
         saver=Saver(folder, ranks, keep=recipe.train.keep_checkpoints),
         max_skips=recipe.guard.max_skips,
+        returns=returns,
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
         evaluation=_evaluation(recipe, next(iter(resolved.streams.values()))),

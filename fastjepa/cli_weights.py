@@ -120,6 +120,9 @@ def export(
     levels: Annotated[
         str | None, typer.Option(help="graphs: block indices such as 5,11; last if left out")
     ] = None,
+    context: Annotated[
+        bool, typer.Option("--context", help="the encoder that was trained, not its average")
+    ] = False,
 ) -> None:
     """Write weights in another format: official file, Hugging Face folder, safetensors, graph."""
     from fastjepa.convert import convert
@@ -127,6 +130,7 @@ def export(
     chosen = None if levels is None else _numbers("--levels", levels)
     for path in convert(
         weights, to, out, licence=licence, image=image, levels=chosen,  # type: ignore[arg-type]
+        context=context,
     ):  # fmt: skip
         typer.echo(f"wrote {path}")
 

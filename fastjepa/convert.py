@@ -1,10 +1,12 @@
 """Weights out: any weights that can be loaded to another format. `fastjepa export`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastjepa.checkpoint import (
     FoundEncoder,
@@ -30,13 +32,15 @@ def convert(
     licence: str = "unknown",
     image: bool = False,
     levels: Sequence[int] | None = None,
+    context: bool = False,
 ) -> list[Path]:
     """Write the weights in `source` as `out`; returns the files that were written.
 
     `official`: every network that is there, as a `.pt`; `hf`: a folder of `VJEPA2Model`;
-    `safetensors`: the encoder and its card; `onnx` and `torch-export`: the encoder's graph for
-    videos, or for images (`image`), with the features of `levels`, the last one if None, at any
-    batch, number of frames and resolution that divides. Raises ValueError: a format that there is
+    `safetensors`: the encoder with its predictor, if there is one, and a card; `onnx` and
+    `torch-export`: the encoder's graph for videos, or for images (`image`), with the features of
+    `levels`, the last one if None, at any batch, number of frames and resolution that divides. `context` takes the encoder that was
+    trained rather than its average. Raises ValueError: a format that there is
     not, an `out` that exists, weights that the format cannot express.
     """
     if to not in get_args(Format):
@@ -44,6 +48,8 @@ def convert(
     if out.exists():
         raise ValueError(f"--out {out}: exists already; choose another name")
     networks, found = read_networks(source)
+    if context:
+        found = _context(networks, found, to)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "official":
         write_official(out, networks, found.sizes)
@@ -56,10 +62,23 @@ def convert(
         return sorted(out.iterdir())
     if to == "safetensors":
         card, text = out.with_suffix(".md"), model_card(found, out.name, licence)
-        write_encoder(out, found.tensors, found.sizes, {"license": licence, "about": found.about})
+        notes = {"license": licence, "about": found.about}
+        write_encoder(out, found.tensors, found.sizes, notes, networks.get("predictor"))
         write_text(card, text)
         return [out, card]
     return _write_graph(found, to, out, image=image, levels=levels)
+
+
+def _context(
+    networks: Mapping[str, Mapping[str, Tensor]], found: FoundEncoder, to: Format
+) -> FoundEncoder:
+    """The same, with the encoder that was trained in the place of its average."""
+    if to == "official":
+        raise ValueError("--context: an official file has both encoders; leave --context out")
+    if "encoder" not in networks:
+        raise ValueError(f"--context: {found.path} has no other encoder than {found.about}")
+    about = f"{found.about}, its context encoder"
+    return replace(found, tensors=networks["encoder"], about=about)
 
 
 def _write_graph(

@@ -211,7 +211,13 @@ def _schedule(recipe: Recipe, resolved: Resolved) -> Rows:
             else f"; from step {resolved.guard_start:,} also a loss above mean + {guard.sigma:g} "
             f"std of the last {guard.window}"
         )
-        + f"; the run stops at more than {guard.max_skips} in a row",
+        + f"; the run stops at more than {guard.max_skips} in a row"
+        + (
+            ""
+            if guard.return_after is None
+            else f", and before that goes back to the last good checkpoint at {guard.return_after},"
+            f" at most {guard.max_returns} times"
+        ),
     )
     yield (
         "checkpoints",

@@ -1,6 +1,8 @@
 """Weights out: official files bit for bit, model cards, graphs with the same features."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 import fastjepa
-from fastjepa.checkpoint import CheckpointError, save_checkpoint
+from fastjepa.checkpoint import CheckpointError, read_encoder, read_networks, save_checkpoint
+from fastjepa.checkpoint.layout import begin, publish, state_text
+from fastjepa.checkpoint.manifest import write_shares
+from fastjepa.checkpoint.pieces import Piece
 from fastjepa.cli import main
 from fastjepa.convert import convert
 from fastjepa.model import Encoder, Predictor, build_encoder
@@ -114,9 +119,72 @@ def test_safetensors_come_with_a_card(
     with safe_open(out, "pt") as file:
         assert file.metadata()["license"] == "mit"
     assert same(fastjepa.load(out).state_dict(), fastjepa.load(run).state_dict())
+    networks, trained = read_networks(out)[0], read_networks(run)[0]
+    assert networks.keys() == {"target_encoder", "predictor"}
+    assert same(dict(networks["predictor"]), dict(trained["predictor"]))
     again = tmp_path / "again.safetensors"
     convert(out, "safetensors", again)
     assert "Not known: not exported from a run." in again.with_suffix(".md").read_text()
+
+
+def test_the_context_encoder_if_it_is_asked_for(tmp_path: Path, run: Path) -> None:
+    out = tmp_path / "context.safetensors"
+    main_exits_well(["export", str(run), "--to", "safetensors", "--out", str(out), "--context"])
+    assert same(dict(read_encoder(out).tensors), dict(read_networks(run)[0]["encoder"]))
+    assert "context encoder" in out.with_suffix(".md").read_text()
+    with pytest.raises(ValueError, match="an official file has both encoders"):
+        convert(run, "official", tmp_path / "a.pt", context=True)
+    with pytest.raises(ValueError, match="has no other encoder than V-JEPA"):
+        convert(out, "safetensors", tmp_path / "b.safetensors", context=True)
+
+
+EXPORT = """
+import resource, sys
+from pathlib import Path
+from fastjepa.convert import convert
+small, large, out = map(Path, sys.argv[1:])
+convert(small, "safetensors", out / "small.safetensors")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+convert(large, "safetensors", out / "large.safetensors")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_an_export_from_many_ranks_shares_holds_less_than_a_layer(
+    tmp_path: Path, run: Path
+) -> None:
+    sizes = {**SIZES, "width": 384, "depth": 12, "heads": 6, "mlp_width": 1536, "levels": [5, 11]}
+    encoder = stirred(Encoder(**sizes)).state_dict()
+    heads = stirred(Predictor(encoder_width=384, num_levels=2, width=96, depth=2, heads=2))
+    parts = {"target_encoder": encoder, "encoder": encoder, "predictor": heads.state_dict()}
+    temporary = begin(tmp_path / "large", 1)
+    written = [write_shares(temporary, cut(parts, rank, 3), rank, 3) for rank in range(3)]
+    publish(temporary, written, state_text(1, {"model": sizes}), keep=1)
+    arguments = [str(run), str(tmp_path / "large"), str(tmp_path)]
+    grown_kib = int(
+        subprocess.run(
+            [sys.executable, "-c", EXPORT, *arguments], check=True, capture_output=True, text=True
+        ).stdout
+    )
+    layer = sum(t.nbytes for name, t in encoder.items() if name.startswith("blocks.0."))
+    assert sum(t.nbytes for t in encoder.values()) > 10 * layer
+    assert grown_kib * 1024 < layer
+    assert same(dict(read_encoder(tmp_path / "large.safetensors").tensors), dict(encoder))
+
+
+def cut(parts: dict[str, dict[str, Tensor]], rank: int, ranks: int) -> dict[str, dict[str, Piece]]:
+    """What a rank holds of tensors that are laid end to end and cut into equal stretches."""
+    shares: dict[str, dict[str, Piece]] = {}
+    for part, tensors in parts.items():
+        size = -(-sum(t.numel() for t in tensors.values()) // ranks)
+        place, own = 0, shares.setdefault(part, {})
+        for name, tensor in tensors.items():
+            start = max(rank * size - place, 0)
+            stop = min((rank + 1) * size - place, tensor.numel())
+            if start < stop:
+                own[name] = Piece(tensor.view(-1)[start:stop], tuple(tensor.shape), start)
+            place += tensor.numel()
+    return shares
 
 
 def main_exits_well(arguments: list[str]) -> None:

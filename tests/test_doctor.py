@@ -134,7 +134,8 @@ def _backwards(decode: Callable[..., Any]) -> Callable[..., Any]:
 def _flipped(load: Callable[..., Any]) -> Callable[..., Any]:
     def altered(path: Path) -> Any:
         checkpoint = load(path)
-        next(iter(checkpoint.tensors["encoder"].values())).view(-1)[0] += 1.0
+        name, tensor = next(iter(checkpoint.tensors["encoder"].items()))
+        checkpoint.tensors["encoder"] = {**checkpoint.tensors["encoder"], name: tensor + 1.0}
         return checkpoint
 
     return altered

@@ -19,6 +19,7 @@ from fastjepa.checkpoint.encoder_sizes import (
     preset_of,
     shapes_say,
 )
+from fastjepa.checkpoint.export import PREDICTOR
 from fastjepa.checkpoint.huggingface import is_huggingface, read_huggingface
 from fastjepa.checkpoint.layout import CHECKPOINTS, is_complete, latest_checkpoint, load_checkpoint
 from fastjepa.checkpoint.load_meta import read_official
@@ -80,6 +81,12 @@ def read_networks(path: Path) -> tuple[dict[str, Mapping[str, Tensor]], FoundEnc
             networks["ema_encoder"] = networks.pop(_PART)
     if found.kind == "huggingface":
         networks["predictor"] = read_huggingface(found.path)[2]
+    if found.kind == "exported":
+        networks["predictor"] = {
+            name.removeprefix(PREDICTOR): tensor
+            for name, tensor in read_tensors(found.path)[0].items()
+            if name.startswith(PREDICTOR)
+        }
     if found.kind == "official":
         _, predictor, info = read_official(found.path)
         encoders = [part for part in info.parts if part.endswith("encoder")]
@@ -102,6 +109,7 @@ def _read_file(path: Path) -> FoundEncoder:
         tensors, metadata = read_tensors(path)
         if "fastjepa" in metadata:
             sizes = parse_sizes(_decoded(metadata), str(path))
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(PREDICTOR)}
             check_sizes(sizes, tensors, str(path))
             about = _about(tensors, sizes, "an exported file")
             return FoundEncoder(tensors, sizes, about, path, "exported")

@@ -152,6 +152,23 @@ def newest_first(folder: Path) -> list[Path]:
     return _newest_first(folder / CHECKPOINTS)
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint by the name of its folder."""
+    match = _STEP.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
+
+
+def remove_newer(path: Path) -> None:
+    """Remove every checkpoint that a run would go on from before it did from `path`.
+
+    Raises OSError.
+    """
+    siblings = _newest_first(path.parent)
+    for newer in siblings[: siblings.index(path)]:
+        _remove(newer)
+
+
 def load_checkpoint(
     path: Path, parts: Collection[str] | None = None, turn: tuple[int, int] = (0, 1)
 ) -> Checkpoint:

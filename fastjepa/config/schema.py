@@ -269,12 +269,26 @@ class Optim(Section):
 
 
 class Guard(Section):
-    """Skip a step whose loss is not finite, or above mean + `sigma` std of the last `window`."""
+    """Skip a step whose loss is not finite, or above mean + `sigma` std of the last `window`.
+
+    `return_after` of them in a row: back to the last good checkpoint, past the data since then.
+    """
 
     sigma: Annotated[float, Field(gt=0.0)] | None = None
     window: Annotated[int, Field(ge=4)] = 300
     start: Duration = 15_000
     max_skips: Positive = 10
+    return_after: Positive | None = None
+    max_returns: Positive = 3
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Guard":
+        if self.return_after is not None and self.return_after > self.max_skips:
+            raise ValueError(
+                f"return_after: {self.return_after} never comes, the run stops at more than "
+                f"max_skips = {self.max_skips} skipped steps in a row"
+            )
+        return self
 
 
 class Train(Section):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 
+from fastjepa.checkpoint.layout import remove_newer
 from fastjepa.data.augment import normalise
 from fastjepa.data.batch import Batch, BatchSource
 from fastjepa.data.quarantine import BadFile, Quarantine, TooManyBadFiles
@@ -29,9 +30,10 @@ from fastjepa.train.guard import LossGuard
 from fastjepa.train.plan import StepPlan
 from fastjepa.train.ranks import RanksError
 from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
+from fastjepa.train.returns import DivergedError, Returns
 from fastjepa.train.saver import Saver
 from fastjepa.train.signals import StopRequest
-from fastjepa.train.state import save
+from fastjepa.train.state import restore, save
 from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
 
 
@@ -70,6 +72,7 @@ class Trainer:
     checkpoint_every: int
     saver: Saver
     max_skips: int
+    returns: Returns
     step: int = 0
     wandb_project: str | None = None
     evaluation: Evaluation | None = None
@@ -82,13 +85,21 @@ class Trainer:
         Raises TooManyBadFiles, WorkerDiedError, CheckpointError, or RunStoppedError; the last
         checkpoint stands then.
         """
+        while True:
+            try:
+                return self._run(stop)
+            except DivergedError as diverged:
+                self._go_back(diverged)
+
+    def _run(self, stop: StopRequest) -> bool:
+        """`run`, until it has to go back."""
         watch = self._health_so_far()
         probe = Probe(self.jepa, self.engine, normalise(self.probe_clip(next(iter(self.loaders)))))
         meter = Throughput()
         batches = {
             stream: loader.batches(
-                self.plan.position(self.step, stream),
-                self.plan.position(self.plan.steps, stream),
+                self.plan.position(self.returns.data_step(self.step), stream),
+                self.plan.position(self.returns.data_step(self.plan.steps), stream),
             )
             for stream, loader in self.loaders.items()
         }
@@ -147,7 +158,8 @@ class Trainer:
 
     def save(self) -> None:
         """Begin a checkpoint of the present step."""
-        save(self.saver, self.step, self.engine, self.guard, self.facts)
+        facts = self.facts | self.returns.state()
+        save(self.saver, self.step, self.engine, self.guard, facts)
 
     def probe_clip(self, stream: str) -> torch.Tensor:
         """The fixed clip that health and pictures are taken on: uint8 [1, 3, T, H, W]."""
@@ -160,7 +172,7 @@ class Trainer:
 
         def micro_batches() -> Iterator[MicroBatch]:
             nonlocal clips, tokens
-            draws = self.plan.draws(self.step)
+            draws = self.plan.draws(self.returns.data_step(self.step))
             for number, draw in enumerate(draws, start=1):
                 with meter.waiting():
                     batch = self._noted(partial(next, batches[draw.stream]))
@@ -220,7 +232,7 @@ class Trainer:
 
     def _metrics(self, report: StepReport, probe: Probe, meter: Throughput) -> dict[str, float]:
         done = self.step - 1
-        draws = self.plan.draws(done)
+        draws = self.plan.draws(self.returns.data_step(done))
         found = step_metrics(report, self.jepa.levels, [draw.share for draw in draws])
         if len(self.loaders) > 1:
             found |= stream_losses(report, draws)
@@ -242,16 +254,39 @@ class Trainer:
             "ema_momentum": self.plan.momentum(done),
             "image_share": sum(d.share for d in draws if d.stream == "image") / total,
             "memory_gib": memory,
+            **self.returns.metrics(),
         }
 
     def _check_skips(self, metrics: Mapping[str, float]) -> None:
         in_a_row = int(self.guard.skipped_in_a_row)
+        if self.returns.asked_for(in_a_row):
+            self.saver.wait()
+            found = self.returns.target(self.folder, self.step - in_a_row)
+            path = self.engine.ranks.gather(found)[0]
+            if path is not None:
+                raise DivergedError(path, in_a_row)
         if in_a_row > self.max_skips:
             raise RunStoppedError(
                 f"step {self.step}: {in_a_row} steps in a row were skipped (guard.max_skips "
                 f"{self.max_skips}); the last loss was {metrics['loss']:g}; a lower optim.lr or "
                 "optim.clip may help"
             )
+
+    def _go_back(self, diverged: DivergedError) -> None:
+        """Load an older checkpoint, leave out the data taken since, and save that it was."""
+        at, ranks = self.step, self.engine.ranks
+        self.step = restore(diverged.path, self.engine, self.guard).step
+        self.returns.note(at, self.step)
+        self.console.warn(
+            f"step {at}: {diverged.skipped} steps in a row were skipped; back to step {self.step}, "
+            f"leaving out the data of {at - self.step} steps (return {len(self.returns.made)} of "
+            f"{self.returns.most}, guard.max_returns)"
+        )
+        if ranks.first:
+            remove_newer(diverged.path)
+        ranks.gather(None)
+        self.save()
+        self.saver.wait()
 
     def _health_so_far(self) -> HealthWatch:
         """A watch that has seen the logged steps of the run so far."""

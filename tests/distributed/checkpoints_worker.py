@@ -1,0 +1,189 @@
+"""One run on ever other ranks, for test_checkpoints.py: checkpoints_worker.py FOLDER OUT.json
+
+Each launch goes on from the checkpoint of the one before. Ranks are forked from this process, which
+has imported everything once.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import resource
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from problem import CPU, alone, guard, micro_batches, networks, state
+
+from fastjepa.checkpoint import CheckpointError
+from fastjepa.checkpoint.layout import newest_first, num_bytes
+from fastjepa.train.engine import Engine
+from fastjepa.train.engine_deepspeed import DeepSpeedEngine, _import_deepspeed
+from fastjepa.train.ranks import Ranks, RanksError, join
+from fastjepa.train.saver import Saver
+from fastjepa.train.state import restore, resume, save
+from fastjepa.train.step import train_step
+
+# A step takes the clips of so many ranks, whoever takes them.
+SHARES = 8
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`stage` None is the engine of one process."""
+
+    size: int
+    stage: int | None
+
+
+LAUNCHES = (Launch(8, 2), Launch(2, 3), Launch(1, 0), Launch(1, None), Launch(4, 1), Launch(2, 0))
+
+
+def engine_of(launch: Launch, ranks: Ranks, seed: int) -> tuple[Any, Engine]:
+    jepa = networks(seed)
+    if launch.stage is None:
+        return jepa, alone(jepa)
+    made = DeepSpeedEngine(
+        encoder=jepa.encoder, predictor=jepa.predictor, target=jepa.target, ranks=ranks,
+        device=CPU, stage=launch.stage, weight_decay=0.1, dtype=torch.float32,
+        communication_dtype=torch.float32,
+    )  # fmt: skip
+    return jepa, made
+
+
+def train(jepa: Any, engine: Engine, steps: range) -> list[float]:
+    """Losses of steps on this rank's part of each step's clips."""
+    own, per = engine.ranks.rank, SHARES // engine.ranks.size
+    losses = []
+    for step in steps:
+        batches = micro_batches(step, range(own * per, (own + 1) * per), num=2, share=1 / per)
+        report = train_step(
+            jepa, engine, guard(), batches, step=step, lr=1e-3, weight_decay=0.1, momentum=0.9
+        )
+        losses.append(float(report.loss))
+    return losses
+
+
+def digest(engine: Engine) -> str:
+    """Of weights, moments, steps and EMA, whichever ranks hold what."""
+    found = hashlib.sha256()
+    for part, tensors in sorted(state(engine).items()):
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{part} {name} {list(tensor.shape)}".encode())
+            found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def without_room(saver: Saver, step: int, engine: Engine) -> str:
+    """What a save comes to when the last rank may write no more than 4 KiB."""
+    last = engine.ranks.rank == engine.ranks.size - 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if last:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+    try:
+        save(saver, step, engine, guard(), {})
+        saver.wait()
+    except RanksError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return "saved"
+
+
+def continue_run(launch: Launch, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    jepa, engine = engine_of(launch, ranks, seed=ranks.size)
+    watch = guard()
+    checkpoint = resume(folder, engine, watch)
+    step = 0 if checkpoint is None else checkpoint.step
+    found: dict[str, Any] = {**asdict(launch), "step": step, "resumed": digest(engine)}
+    found["losses"] = train(jepa, engine, range(step, step + STEPS))
+    step += STEPS
+    saver = Saver(folder, ranks, keep=2)
+    if ranks.size > 1:
+        found["without_room"] = ranks.gather(without_room(saver, step, engine))
+        found["left"] = sorted(p.name for p in (folder / "checkpoints").glob(".tmp-*"))
+    found["saved"] = digest(engine)
+    found["bytes"] = ranks.gather(num_bytes(engine.snapshot()))
+    save(saver, step, engine, watch, {"launch": asdict(launch)})
+    # Training goes on while the copy is written.
+    train(jepa, engine, range(step, step + 1))
+    saver.poll()
+    saver.wait()
+    found["moved"] = digest(engine)
+    restore(newest_first(folder)[0], engine, watch)
+    found["returned"] = digest(engine)
+    return found
+
+
+def meet_damage(launch: Launch, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """What every rank says when the last rank's file is altered."""
+    path = newest_first(folder)[0]
+    if ranks.first:
+        file = max(path.glob("optimizer*"))
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 16
+        file.write_bytes(content)
+    ranks.gather(None)
+    _, engine = engine_of(launch, ranks, seed=0)
+    before = digest(engine)
+    try:
+        resume(folder, engine, guard())
+    except CheckpointError as error:
+        return {"told": ranks.gather(str(error)), "untouched": digest(engine) == before}
+    return {"told": []}
+
+
+def on_ranks(launch: Launch, work: Callable[[Ranks], dict[str, Any]]) -> dict[str, Any]:
+    """The first rank's result of `work` on forked ranks."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as place:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        children = []
+        for rank in range(launch.size):
+            child = os.fork()
+            if not child:
+                os.environ |= {
+                    "RANK": str(rank), "WORLD_SIZE": str(launch.size), "LOCAL_RANK": str(rank),
+                    "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+                }  # fmt: skip
+                try:
+                    with join(CPU, timeout=300, alone=launch.stage is not None) as ranks:
+                        (Path(place) / str(rank)).write_bytes(pickle.dumps(work(ranks)))
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        if any(codes):
+            sys.exit(f"{launch}: exit codes {codes}")
+        found: dict[str, Any] = pickle.loads((Path(place) / "0").read_bytes())
+    return found
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    _import_deepspeed(CPU)
+    launches = [
+        on_ranks(launch, lambda ranks, one=launch: continue_run(one, ranks, folder))  # type: ignore[misc]
+        for launch in LAUNCHES
+    ]
+    jepa, engine = engine_of(Launch(1, None), Ranks(), seed=LAUNCHES[0].size)
+    straight = train(jepa, engine, range(STEPS * len(LAUNCHES)))
+    two = Launch(2, 1)
+    damage = on_ranks(two, lambda ranks: meet_damage(two, ranks, folder))
+    found = {"launches": launches, "straight": straight, "damage": damage}
+    out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
