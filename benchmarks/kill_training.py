@@ -7,22 +7,26 @@ every other step. Each is killed again and again: one rank or both, while it sta
 of its steps (most of such a step is reductions and gathers), or once a checkpoint is being
 written; the same command then goes on. An uninterrupted run of each stage is the measure. After
 every kill all checkpoints there must be readable and have the very files of the uninterrupted
-run's, by SHA-256 (weights, moments, EMA, guard, random numbers, state); logged losses, gradient
-norms and health must be its numbers to the last digit. The rank that was left must end within
+run's, by SHA-256 (weights, moments, EMA, guard, state; not the random numbers of Python and NumPy,
+from which nothing is drawn and which a process begins anew); logged losses, gradient norms and
+health must be its numbers to the last digit. The rank that was left must end within
 `--timeout` seconds. A run that has got to its end is compared once more, and a new one begins.
 
 Ranks are forked from this process, which has imported everything once: a start then takes a second
-or two. The JSON is written after each kill; a larger `--kills` goes on from it. Exits with 1 after
-a failure.
+or two. The JSON is written after each kill; a larger `--kills` goes on from it, as does the same
+one after `--minutes`. Exits with 1 after a failure.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
+import re
 import signal
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -36,6 +40,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
+import torch.utils.tensorboard
 
 import fastjepa.build  # noqa: F401 (imported once, for all ranks)
 from fastjepa.checkpoint import CheckpointError, load_checkpoint
@@ -48,10 +53,10 @@ from fastjepa.observe.sinks import read_metrics
 
 RANKS, STEPS, STAGES = 2, 20, (1, 2, 3)
 MOMENTS = ("start", "any", "save")
-COMPARED = (
-    "loss", "grad_norm", "feature_std", "target_std", "target_drift", "effective_rank", "skipped",
-    "lr", "weight_decay", "ema_momentum", "context_weight", "step",
-)  # fmt: skip
+COMPARED = re.compile(
+    r"(loss|grad_norm|feature_std|target_std|effective_rank).*"
+    "|step|target_drift|skipped|lr|weight_decay|ema_momentum|context_weight"
+)
 RECIPE = """
 model:
   {{name: vit_tiny, width: 48, depth: 4, heads: 2,
@@ -144,7 +149,7 @@ def numbers(folder: Path) -> dict[int, dict[str, float]]:
     path = folder / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     return {
-        int(row["step"]): {key: x for key, x in row.items() if key.startswith(COMPARED)}
+        int(row["step"]): {key: x for key, x in row.items() if COMPARED.fullmatch(key)}
         for row in rows
     }
 
@@ -161,7 +166,11 @@ def faults(folder: Path, straight: Path) -> list[str]:
         step = path.name.removesuffix(".replaced")
         wanted = read_manifest(straight / "checkpoints" / step).files
         here = read_manifest(path).files
-        found += [f"{path / name}: other content" for name in wanted if here[name] != wanted[name]]
+        found += [
+            f"{path / name}: other content"
+            for name in wanted
+            if here[name] != wanted[name] and name != "rng.safetensors"
+        ]
     logged = numbers(straight)
     for step, row in numbers(folder).items():
         wrong = [key for key, value in logged[step].items() if row.get(key) != value]
@@ -170,16 +179,20 @@ def faults(folder: Path, straight: Path) -> list[str]:
     return found
 
 
-def writing(folder: Path) -> bool:
-    """Whether a checkpoint is on its way to the disk."""
-    return any((folder / "checkpoints").glob(".tmp-step-*"))
+def writing(folder: Path, left: set[Path]) -> bool:
+    """Whether a checkpoint is on its way to the disk, other than those `left` by earlier kills."""
+    return not left.issuperset((folder / "checkpoints").glob(".tmp-step-*"))
 
 
 def wait_for_moment(
-    launch: Launch, folder: Path, moment: str, draw: random.Random, spans: dict[str, float]
+    launch: Launch,
+    folder: Path,
+    moment: str,
+    left: set[Path],
+    draw: random.Random,
+    spans: dict[str, float],
 ) -> None:
     """Until a moment to kill at has come, or the run is over."""
-    before = len(numbers(folder))
     begun = time.monotonic()
     if moment == "start":
         time.sleep(draw.uniform(0.0, spans["start"]))
@@ -191,12 +204,16 @@ def wait_for_moment(
         time.sleep(0.005)
     spans["start"] = time.monotonic() - begun
     if moment == "any":
-        time.sleep(draw.uniform(0.0, spans["step"] * max(4, STEPS - before)))
+        lines = log.read_bytes().count(b"\n")
+        step = draw.randint(min(lines, STEPS - 1), STEPS - 1)
+        while not launch.over() and log.read_bytes().count(b"\n") < step:
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, spans["step"]))
         return
     for _ in range(draw.randint(1, 3)):
-        while not launch.over() and writing(folder):
+        while not launch.over() and writing(folder, left):
             time.sleep(0.0005)
-        while not launch.over() and not writing(folder):
+        while not launch.over() and not writing(folder, left):
             time.sleep(0.0005)
     time.sleep(draw.uniform(0.0, 0.03))
 
@@ -208,9 +225,10 @@ def kill_once(
     folder = recipe.with_suffix("")
     draw = random.Random(f"{number} {len(numbers(folder))}")
     ranks = draw.choice([[0], [1], [0, 1]])
+    left = set((folder / "checkpoints").glob(".tmp-step-*"))
     launch = Launch(recipe)
-    wait_for_moment(launch, folder, MOMENTS[number % 3], draw, spans)
-    saving, logged = writing(folder), len(numbers(folder))
+    wait_for_moment(launch, folder, MOMENTS[number % 3], left, draw, spans)
+    saving, logged = writing(folder, left), len(numbers(folder))
     if launch.over():
         return None
     launch.kill(ranks)
@@ -251,16 +269,17 @@ def summary(kills: list[dict[str, Any]], runs: list[dict[str, Any]]) -> dict[str
 def straight_run(place: Path, stage: int) -> tuple[Path, float]:
     """The folder of the uninterrupted run of a stage, and seconds a step."""
     recipe = write_recipe(place, f"straight-{stage}", stage, keep=STEPS)
-    begun = time.monotonic()
     launch = Launch(recipe)
     if not launch.wait(600.0) or any(launch.codes.values()):
         sys.exit(f"the uninterrupted run failed: {launch.log.read_text()}")
-    return recipe.with_suffix(""), (time.monotonic() - begun) / STEPS / 2
+    rows = read_metrics(recipe.with_suffix("") / "metrics.jsonl")
+    return recipe.with_suffix(""), statistics.median(row["step_seconds"] for row in rows)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--timeout", type=float, default=60.0)
     parser.add_argument("--stages", type=int, nargs="+", default=STAGES)
     parser.add_argument("--json", type=Path, required=True)
@@ -273,17 +292,18 @@ def main() -> int:
         before = json.loads(chosen.json.read_text())
         kills, runs = before["each"], before["runs"]
     straight: dict[int, Path] = {}
+    until = time.monotonic() + 60 * chosen.minutes
     spans = {"start": 3.0, "step": 0.2}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "clips").mkdir()
         for number in range(4):
             write_numbered(place / "clips", number, codec="h264")
-        while len(kills) < chosen.kills:
+        while len(kills) < chosen.kills and time.monotonic() < until:
             stage = chosen.stages[len(runs) % len(chosen.stages)]
             if stage not in straight:
                 straight[stage], spans["step"] = straight_run(place, stage)
-            recipe = write_recipe(place, f"run-{len(kills)}", stage, keep=2)
+            recipe = write_recipe(place, f"run-{len(runs)}", stage, keep=2)
             its_kills = 0
             while (kill := kill_once(recipe, len(kills), spans, chosen.timeout)) is not None:
                 kill |= {"stage": stage}
@@ -293,7 +313,7 @@ def main() -> int:
                 print(kill, flush=True)
                 with atomic_file(chosen.json) as file:
                     file.write(json.dumps(summary(kills, runs), indent=1).encode() + b"\n")
-                if len(kills) >= chosen.kills:
+                if len(kills) >= chosen.kills or time.monotonic() > until:
                     launch = Launch(recipe)
                     launch.wait(600.0)
                     break

@@ -39,9 +39,9 @@ def convert(
     `official`: every network that is there, as a `.pt`; `hf`: a folder of `VJEPA2Model`;
     `safetensors`: the encoder with its predictor, if there is one, and a card; `onnx` and
     `torch-export`: the encoder's graph for videos, or for images (`image`), with the features of
-    `levels`, the last one if None, at any batch, number of frames and resolution that divides. `context` takes the encoder that was
-    trained rather than its average. Raises ValueError: a format that there is
-    not, an `out` that exists, weights that the format cannot express.
+    `levels`, the last one if None, at any batch, number of frames and resolution that divides.
+    `context` takes the encoder that was trained rather than its average. Raises ValueError: a
+    format that there is not, an `out` that exists, weights that the format cannot express.
     """
     if to not in get_args(Format):
         raise ValueError(f"--to: expected one of {', '.join(get_args(Format))}, got {to!r}")

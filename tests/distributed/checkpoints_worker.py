@@ -72,9 +72,15 @@ def train(jepa: Any, engine: Engine, steps: range) -> list[float]:
 
 
 def digest(engine: Engine) -> str:
-    """Of weights, moments, steps and EMA, whichever ranks hold what."""
-    found = hashlib.sha256()
-    for part, tensors in sorted(state(engine).items()):
+    """Of weights, moments, steps and EMA, whichever ranks hold what.
+
+    One process counts no step of the mask token that no mask group uses; ranks count all.
+    """
+    whole = state(engine)
+    steps = [name for name in whole["optimizer"] if name.endswith(".step")]
+    count = max(float(whole["optimizer"].pop(name)) for name in steps)
+    found = hashlib.sha256(str(count).encode())
+    for part, tensors in sorted(whole.items()):
         for name, tensor in sorted(tensors.items()):
             found.update(f"{part} {name} {list(tensor.shape)}".encode())
             found.update(tensor.numpy().tobytes())
