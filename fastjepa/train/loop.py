@@ -138,8 +138,8 @@ class Trainer:
                 self.console.close()
                 for loader in self.loaders.values():
                     loader.close()
-                if sys.exc_info()[0] is not None:
-                    self.saver.abandon()
+                if (error := sys.exc_info()[1]) is not None:
+                    self.saver.abandon(error)
             if saved != self.step:
                 self.save()
             self.saver.wait()

@@ -12,8 +12,9 @@ no checksums, so they are not used.
 """
 
 import shutil
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self._folder, self._ranks, self._keep = folder, ranks, keep
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._working: Future[Any] | None = None
         self._left: list[_Part] = []
         self._step = self._bytes = 0
@@ -85,15 +85,19 @@ class Saver:
         while self._working:
             self._agree()
 
-    def abandon(self) -> None:
-        """After an error: complete what is in flight if that needs no other rank, or leave it.
+    def abandon(self, error: BaseException) -> None:
+        """After an error: complete what is in flight where all ranks can, or else leave it.
 
         A disk that is full fails more than the checkpoint; this error is the one that says so.
         """
-        if self._ranks.size == 1:
+        if isinstance(error, Exception) and (
+            self._ranks.size == 1 or isinstance(error, RanksError)
+        ):
             self.wait()
-        elif self._working and isinstance(error := self._working.exception(), OSError):
-            raise self._failure(error) from error
+        elif self._working and self._working.done():
+            failure = self._working.exception()
+            if isinstance(failure, OSError):
+                raise self._failure(failure) from failure
 
     def _agree(self) -> None:
         assert self._working is not None
@@ -103,7 +107,7 @@ class Saver:
     def _go_on(self, found: list[Any]) -> None:
         if self._left:
             part, self._left = self._left[0], self._left[1:]
-            self._working = self._thread.submit(part, found)
+            self._working = _beside(lambda: part(found))
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """Every rank's result. Raises SaveError on all if one of them has failed."""
@@ -123,3 +127,17 @@ class Saver:
 
     def _failure(self, error: OSError) -> SaveError:
         return SaveError(cannot_save(self._folder, self._step, self._bytes, error))
+
+
+def _beside(work: Callable[[], Any]) -> "Future[Any]":
+    """What `work` comes to in a thread of its own, for which the end of the process waits not."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

@@ -97,11 +97,19 @@ def test_a_full_disk_is_told_after_the_step_and_the_old_checkpoint_stands(small_
     assert load_checkpoint(small_disk / "checkpoints" / "latest").step == 3
 
 
+def test_a_second_signal_does_not_wait(tmp_path: Path, slow_disk: threading.Event) -> None:
+    saver = Saver(tmp_path, ALONE, keep=2)
+    saver.start(5, shares(5.0), {}, {})
+    saver.abandon(KeyboardInterrupt())
+    assert not slow_disk.is_set()
+    assert latest_checkpoint(tmp_path) is None
+
+
 def test_after_another_error_what_is_in_flight_is_completed(
     tmp_path: Path, slow_disk: threading.Event
 ) -> None:
     saver = Saver(tmp_path, ALONE, keep=2)
     saver.start(5, shares(5.0), {}, {})
     threading.Timer(0.2, slow_disk.set).start()
-    saver.abandon()
+    saver.abandon(ValueError("something else"))
     assert load_checkpoint(tmp_path / "checkpoints" / "latest").step == 5
