@@ -185,7 +185,9 @@ def checkpoint_round_trip() -> str:
         save_checkpoint(Path(folder), 1, wanted, {}, keep=1)
         path = latest_checkpoint(Path(folder))
         assert path is not None, "no checkpoint was found after the save"
-        found = load_checkpoint(path).tensors
+        # They are read as they are asked for.
+        stored = load_checkpoint(path).tensors
+        found = {part: dict(tensors) for part, tensors in stored.items()}
     for part, tensors in wanted.items():
         differing = [n for n, tensor in tensors.items() if not torch.equal(tensor, found[part][n])]
         assert not differing, f"{part}: {', '.join(differing)} came back altered"
