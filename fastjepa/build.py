@@ -29,7 +29,7 @@ from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import decode_media
 from fastjepa.data.quarantine import Quarantine
 from fastjepa.distillation import check_teacher, load_teacher
-from fastjepa.evaluation import MOST_FRAMES, OnlineEvaluation, labelled_files, moving_digits
+from fastjepa.evaluation import MOST_FRAMES, ClassProbe, DigitProbe, OnlineEvaluation, Probe
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
@@ -182,15 +182,14 @@ def _evaluation(recipe: Recipe, stream: Stream) -> OnlineEvaluation | None:
     own = recipe.evaluate
     if own.every is None:
         return None
-    frames = min(stream.frames, MOST_FRAMES)
+    patch, tubelet = recipe.model.patch, recipe.model.tubelet
+    frames = min(stream.frames, max(tubelet, MOST_FRAMES // tubelet * tubelet))
+    seen: dict[str, Any] = {"frames": frames, "fps": stream.fps, "size": stream.crop}
     if own.clips is None:
-        labelled = moving_digits(own.count, frames=frames, fps=stream.fps, size=stream.crop)
+        probe: Probe = DigitProbe(own.count, **seen, patch=patch, tubelet=tubelet)
     else:
-        labelled = labelled_files(
-            own.clips, own.count, frames=frames, fps=stream.fps, size=stream.crop,
-            patch=recipe.model.patch,
-        )  # fmt: skip
-    return OnlineEvaluation(own.every, labelled)
+        probe = ClassProbe(own.clips, own.count, **seen, patch=patch)
+    return OnlineEvaluation(own.every, probe)
 
 
 def device_of(name: str) -> torch.device:

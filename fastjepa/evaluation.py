@@ -1,14 +1,16 @@
-"""What a run is worth while it trains: k-NN on labelled clips and a PCA picture of fixed ones.
+"""What a run is worth while it trains: a small probe and a PCA picture of fixed clips.
 
-    evaluation = OnlineEvaluation(500, moving_digits(128, frames=16, fps=4.0, size=256))
+    evaluation = OnlineEvaluation(500, DigitProbe(128, frames=16, fps=4.0, size=256))
     metrics, picture = evaluation(trainer)
 
 Both look at the averaged encoder. Nothing is drawn from a random generator and nothing is taken
 from the run's data, so a run goes the same way with and without.
+Shapes: B clips, T frames, H and W pixels, T', H', W' grid, D channels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -17,11 +19,12 @@ from torch import Tensor
 from fastjepa.data.augment import normalise
 from fastjepa.data.media import load_for_features
 from fastjepa.data.moving_digits import MovingDigits
-from fastjepa.features.extract import extract
+from fastjepa.features.extract import Encode, extract
 from fastjepa.observe.atomic_file import atomic_file
 from fastjepa.pictures import feature_sheet
 from fastjepa.probes.knn import accuracy, knn
 from fastjepa.probes.labelled_files import read_classes
+from fastjepa.probes.ridge import Moments, explained, ridge
 from fastjepa.train.loop import Trainer
 
 NEIGHBOURS = 5
@@ -30,57 +33,118 @@ MOST_FRAMES = 16
 _BATCH = 8
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Clips uint8 [3, T, H, W] with their classes int64 [N]; the first `bank` name the others."""
+class Probe(Protocol):
+    """What features of fixed clips know, as metrics `probe_.../levelN`."""
 
-    clips: Sequence[Tensor]
-    classes: Tensor
-    bank: int
-
-
-def moving_digits(count: int, *, frames: int, fps: float, size: int) -> Labelled:
-    """`count` clips of one handwritten digit each; no digit image is in both halves."""
-    halves = {"train": count - count // 2, "test": count // 2}
-    made = [
-        MovingDigits(
-            frames=frames, height=size, width=size, fps=fps, num_digits=1,
-            split=split,  # type: ignore[arg-type]
-        )[index]
-        for split, number in halves.items()
-        for index in range(number)
-    ]  # fmt: skip
-    clips = [torch.from_numpy(clip.frames).permute(3, 0, 1, 2).contiguous() for clip in made]
-    return Labelled(clips, torch.tensor([clip.digits[0] for clip in made]), halves["train"])
+    def __call__(
+        self, encode: Encode, levels: Sequence[int], device: torch.device
+    ) -> dict[str, float]: ...
 
 
-def labelled_files(
-    source: str, count: int, *, frames: int, fps: float, size: int, patch: int
-) -> Labelled:
-    """Up to `count` files of a folder of class folders or of a CSV, as many of each class.
+class DigitProbe:
+    """Where the digit is, in clips of one that moves over a texture: `probe_r2/levelN`.
 
-    Of each class the first half of the files names, the other half is named. Raises ValueError
-    where there are not two classes of two files, or a file cannot be read.
+    A linear map from a patch's features to the share of it that the digit covers is fitted on one
+    half of the clips; its R^2 is of the other half, with digit images that the first has not.
     """
-    found = read_classes(source)
-    files: list[list[str]] = [[] for _ in found.classes]
-    for path, label in zip(found.paths, found.labels, strict=True):
-        files[label].append(path)
-    fewest, pairs = min(map(len, files)), count // (2 * len(files))
-    if len(files) < 2 or fewest < 2 or pairs < 1:
-        raise ValueError(
-            f"evaluate.clips {source}: {len(files)} class(es), the smallest of {fewest} file(s); "
-            f"expected at least 2 classes of 2 files, and evaluate.count ({count}) of 2 a class"
-        )
-    bank: list[tuple[str, int]] = []
-    rest: list[tuple[str, int]] = []
-    for label, paths in enumerate(files):
-        some = paths[: 2 * pairs]
-        middle = len(some) - len(some) // 2
-        bank.extend((path, label) for path in some[:middle])
-        rest.extend((path, label) for path in some[middle:])
-    clips = [load_for_features(path, size, frames, fps, patch=patch) for path, _ in bank + rest]
-    return Labelled(clips, torch.tensor([label for _, label in bank + rest]), len(bank))
+
+    def __init__(
+        self, count: int, *, frames: int, fps: float, size: int, patch: int = 16, tubelet: int = 2
+    ) -> None:
+        def made(split: str, number: int) -> tuple[Tensor, Tensor]:
+            source = MovingDigits(
+                frames=frames, height=size, width=size, fps=fps, num_digits=1,
+                split=split,  # type: ignore[arg-type]
+            )  # fmt: skip
+            clips = [source[index] for index in range(number)]
+            frames_BTHWC = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
+            inside = torch.stack([torch.from_numpy(clip.mask) for clip in clips]).bool().float()
+            deep = 1 if frames == 1 else tubelet
+            cut = inside.unfold(1, deep, deep).unfold(2, patch, patch).unfold(3, patch, patch)
+            return frames_BTHWC.permute(0, 4, 1, 2, 3).contiguous(), cut.mean((4, 5, 6))
+
+        self.fit = made("train", count - count // 2)
+        self.test = made("test", count // 2)
+
+    def __call__(
+        self, encode: Encode, levels: Sequence[int], device: torch.device
+    ) -> dict[str, float]:
+        fit, test = (self._moments(part, encode, levels, device) for part in (self.fit, self.test))
+        return {
+            f"probe_r2/level{level}": explained(ridge(fit[level]), test[level]) for level in levels
+        }
+
+    def _moments(
+        self,
+        part: tuple[Tensor, Tensor],
+        encode: Encode,
+        levels: Sequence[int],
+        device: torch.device,
+    ) -> dict[int, Moments]:
+        found: dict[int, Moments] = {}
+        for clips, covers in zip(*(tensor.split(_BATCH) for tensor in part), strict=True):
+            features = encode(normalise(clips.to(device)), levels)
+            for level, x_BTHWD in zip(levels, features, strict=True):
+                sums = found.setdefault(level, Moments(x_BTHWD.shape[-1], device))
+                sums.add(x_BTHWD.flatten(0, 3), covers.flatten().to(device))
+        return found
+
+
+class ClassProbe:
+    """What labelled files show, by their neighbours: `probe_knn/levelN`, the share named rightly.
+
+    `source` is a folder of class folders or a CSV. Up to `count` files, as many of each class: the
+    first half of each names, by mean features, the other half. Raises ValueError where there are
+    not two classes of two files, or a file cannot be read.
+    """
+
+    def __init__(
+        self, source: str, count: int, *, frames: int, fps: float, size: int, patch: int
+    ) -> None:
+        found = read_classes(source)
+        files: list[list[str]] = [[] for _ in found.classes]
+        for path, label in zip(found.paths, found.labels, strict=True):
+            files[label].append(path)
+        fewest, pairs = min(map(len, files)), count // (2 * len(files))
+        if len(files) < 2 or fewest < 2 or pairs < 1:
+            raise ValueError(
+                f"evaluate.clips {source}: {len(files)} class(es), the smallest of {fewest} "
+                f"file(s); expected at least 2 classes of 2 files, and evaluate.count ({count}) of "
+                "2 a class"
+            )
+        bank: list[tuple[str, int]] = []
+        rest: list[tuple[str, int]] = []
+        for label, paths in enumerate(files):
+            some = paths[: 2 * pairs]
+            middle = len(some) - len(some) // 2
+            bank.extend((path, label) for path in some[:middle])
+            rest.extend((path, label) for path in some[middle:])
+        self.bank = len(bank)
+        self.classes = torch.tensor([label for _, label in bank + rest])
+        self.clips = [
+            load_for_features(path, size, frames, fps, patch=patch) for path, _ in bank + rest
+        ]
+
+    def __call__(
+        self, encode: Encode, levels: Sequence[int], device: torch.device
+    ) -> dict[str, float]:
+        def pooled(clip: Tensor, levels: Sequence[int]) -> list[Tensor]:
+            # As one token each: the maps of all clips together would be large.
+            return [level.mean((1, 2, 3), keepdim=True) for level in encode(clip, levels)]
+
+        inputs = ((number, normalise(clip)) for number, clip in enumerate(self.clips))
+        features = dict(extract(pooled, inputs, levels, batch=_BATCH, device=device))
+        found = {}
+        for level in levels:
+            x_ND = torch.stack(
+                [features[number][level].flatten() for number in range(len(features))]
+            )
+            bank_ND, rest_ND = x_ND.tensor_split([self.bank])
+            known, wanted = self.classes.tensor_split([self.bank])
+            k = min(NEIGHBOURS, self.bank)
+            named = knn(bank_ND, known, rest_ND, ks=(k,))[k]
+            found[f"probe_knn/level{level}"] = accuracy(named, wanted)
+        return found
 
 
 @dataclass
@@ -88,46 +152,25 @@ class OnlineEvaluation:
     """Called by all ranks after every `every` steps; the first one writes the picture."""
 
     every: int
-    labelled: Labelled
+    probe: Probe
     _shown: list[Tensor] = field(default_factory=list)
 
     def __call__(self, trainer: Trainer) -> tuple[dict[str, float], Image.Image]:
-        """`probe_knn/levelN`, and the picture, which is also `pictures/step-N.png` in the run."""
+        """The probe's metrics and the picture, which is also `pictures/step-N.png` in the run."""
+        engine, target = trainer.engine, trainer.jepa.target
         self._shown = self._shown or [trainer.probe_clip(stream) for stream in trainer.loaders]
         picture, _ = feature_sheet(trainer, self._shown)
-        if trainer.engine.ranks.first:
+        if engine.ranks.first:
             folder = trainer.folder / "pictures"
             folder.mkdir(exist_ok=True)
             with atomic_file(folder / f"step-{trainer.step:08d}.png") as file:
                 picture.save(file, format="png")
-        return self._nearest(trainer), picture
-
-    def _nearest(self, trainer: Trainer) -> dict[str, float]:
-        bank, classes = self.labelled.bank, self.labelled.classes
-        found = {}
-        for level, x_ND in self._pooled(trainer).items():
-            named = knn(x_ND[:bank], classes[:bank], x_ND[bank:], ks=(NEIGHBOURS,))[NEIGHBOURS]
-            found[f"probe_knn/level{level}"] = accuracy(named, classes[bank:])
-        return found
-
-    def _pooled(self, trainer: Trainer) -> dict[int, Tensor]:
-        """[N, D] of each supervised level, on the host."""
-        jepa, engine = trainer.jepa, trainer.engine
 
         def encode(clip: Tensor, levels: Sequence[int]) -> list[Tensor]:
             found: list[list[Tensor]] = []
-            engine.measure(lambda: found.append(jepa.target.features(clip, levels)))
-            # As one token each: the maps of all clips together would be large.
-            return [level.float().mean((1, 2, 3), keepdim=True) for level in found[0]]
+            # Weights that the engine gathers as it goes must not become inference's own.
+            with torch.inference_mode(False):
+                engine.measure(lambda: found.append(target.features(clip, levels)))
+            return [level.float() for level in found[0]]
 
-        def inputs() -> Iterator[tuple[int, Tensor]]:
-            for number, clip in enumerate(self.labelled.clips):
-                yield number, normalise(clip)
-
-        features = dict(extract(encode, inputs(), jepa.levels, batch=_BATCH, device=engine.device))
-        return {
-            level: torch.stack(
-                [features[number][level].flatten() for number in range(len(features))]
-            )
-            for level in jepa.levels
-        }
+        return self.probe(encode, trainer.jepa.levels, engine.device), picture

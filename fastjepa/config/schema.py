@@ -335,7 +335,7 @@ class Engine(Section):
 
 
 class Evaluate(Section):
-    """A k-NN probe and a PCA picture on fixed clips, every so many steps (null: never)."""
+    """A small probe and a PCA picture on fixed clips, every so many steps (null: never)."""
 
     every: Positive | None = None
     clips: str | None = None

@@ -37,7 +37,8 @@ _PANELS = (
     _Panel("context_weight", "Weight of the context loss", "lambda", measured=False),
     _Panel("feature_std", "Feature std over tokens, by level", "std"),
     _Panel("effective_rank", "Effective rank of features, by level", "rank"),
-    _Panel("probe_knn", "k-NN accuracy of the average, by level", "share", measured=False),
+    _Panel("probe_r2", "Where a digit is, by a linear map, by level", "R2", measured=False),
+    _Panel("probe_knn", "k-NN accuracy, by level", "share", measured=False),
 )
 
 

@@ -88,12 +88,15 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 def test_a_run_on_two_ranks_goes_on_at_another_stage_and_with_one(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     path = recipe(folder)
-    code, out = finish(train(path, "train.steps=3", nproc=2))
+    evaluate = ("evaluate.every=2", "evaluate.count=20")
+    code, out = finish(train(path, "train.steps=3", *evaluate, nproc=2))
     assert code == 0, out
     assert out.count("loss.png") == 1
+    assert (folder / "pictures/step-00000002.png").exists()
     found = rows(folder)
     assert [row["step"] for row in found] == [1, 2, 3]
     assert {"slowest_rank", "grad_norm/encoder_blocks", "target_drift"} <= found[-1].keys()
+    assert ["probe_r2/level3" in row for row in found] == [False, True, False]
     code, out = finish(train(path, "engine.zero_stage=1", nproc=1))
     assert code == 2
     assert "half the ranks, twice the optim.accumulate" in out

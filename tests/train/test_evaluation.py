@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.linear_model import Ridge
 from torch import Tensor
 
 from fastjepa.build import build
 from fastjepa.checkpoint import latest_checkpoint, load_checkpoint
 from fastjepa.config.load import load_recipe
-from fastjepa.evaluation import labelled_files, moving_digits
+from fastjepa.data.augment import normalise
+from fastjepa.data.moving_digits import MovingDigits
+from fastjepa.evaluation import ClassProbe
 from fastjepa.observe.sinks import read_metrics
 from fastjepa.train.signals import StopRequest
 
@@ -55,9 +58,9 @@ def test_probe_and_picture_are_in_the_log_and_in_the_folder(write_recipe: Write)
     rows = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
     assert set(rows) == {1, 2, 3, 4, 6}
     for step, row in rows.items():
-        levels = {key for key in row if key.startswith("probe_knn/")}
-        assert levels == ({f"probe_knn/level{i}" for i in range(4)} if step % 3 == 0 else set())
-        assert all(0.0 <= row[key] <= 1.0 for key in levels)
+        levels = {key for key in row if key.startswith("probe_r2/")}
+        assert levels == ({f"probe_r2/level{i}" for i in range(4)} if step % 3 == 0 else set())
+        assert all(row[key] <= 1.0 for key in levels)
     files = sorted(path.name for path in (folder / "pictures").iterdir())
     assert files == ["step-00000003.png", "step-00000006.png"]
     pixels = np.asarray(Image.open(folder / "pictures" / files[0]).convert("RGB"))
@@ -68,7 +71,7 @@ def test_probe_and_picture_are_in_the_log_and_in_the_folder(write_recipe: Write)
     shown = events.Images("features")
     assert [event.step for event in shown] == [3, 6]
     assert (shown[0].height, shown[0].width) == pixels.shape[:2]
-    assert {event.step for event in events.Scalars("probe_knn/level3")} == {3, 6}
+    assert {event.step for event in events.Scalars("probe_r2/level3")} == {3, 6}
 
 
 def test_collapse_would_show_in_every_logged_step_without_it(write_recipe: Write) -> None:
@@ -83,28 +86,26 @@ def test_collapse_would_show_in_every_logged_step_without_it(write_recipe: Write
             assert row[f"target_norm/level{level}"] == pytest.approx(48**0.5, rel=0.1)
 
 
-def test_what_it_measures_is_the_average_on_clips_of_known_class(write_recipe: Write) -> None:
-    """By hand: pooled features of the checkpoint's average, each query named by 5 neighbours."""
+def test_what_it_measures_is_the_average_on_clips_that_are_known(write_recipe: Write) -> None:
+    """By hand, on all patches at once: the checkpoint's average, a ridge of scikit-learn."""
     folder = trained(write_recipe("run"), *EVALUATE)
-    trainer = build(load_recipe(write_recipe("run"), ["train.steps=6", "train.log_every=2"]))
-    labelled = moving_digits(20, frames=4, fps=8.0, size=64)
-    assert len(set(labelled.classes.tolist())) > 3
-    from fastjepa.data.augment import normalise
-
-    with torch.no_grad():
-        pooled = torch.cat(
-            [trainer.jepa.target.features(normalise(c)[None], pool="mean") for c in labelled.clips]
-        )
-    bank, queries = torch.nn.functional.normalize(pooled, dim=1).split([10, 10])
-    right = 0
-    for query, wanted in zip(queries, labelled.classes[10:].tolist(), strict=True):
-        likeness = bank @ query
-        votes = [0.0] * 10
-        for place in likeness.argsort(descending=True)[:5].tolist():
-            votes[int(labelled.classes[place])] += float((likeness[place] / 0.07).exp())
-        right += int(votes.index(max(votes)) == wanted)
+    target = build(load_recipe(write_recipe("run"), ["train.steps=6", "train.log_every=2"])).jepa
+    sources = [MovingDigits(4, 64, 64, 8.0, 1, split=split) for split in ("train", "test")]
+    found = []
+    for source in sources:
+        clips = [source[index] for index in range(10)]
+        pixels = torch.stack([torch.from_numpy(clip.frames) for clip in clips])
+        with torch.no_grad():
+            (x,) = target.target.features(normalise(pixels.permute(0, 4, 1, 2, 3)), [3])
+        inside = np.stack([clip.mask > 0 for clip in clips])
+        cover = inside.reshape(10, 2, 2, 4, 16, 4, 16).mean((2, 4, 6))
+        found.append((x.flatten(0, 3).double().numpy(), cover.flatten()))
+    (x, y), (tx, ty) = found
+    mean, std = x.mean(0), x.std(0)
+    fitted = Ridge(alpha=1e-2 * len(x)).fit((x - mean) / std, y)
+    wanted = fitted.score((tx - mean) / std, ty)
     last = read_metrics(folder / "metrics.jsonl")[-1]
-    assert last["probe_knn/level3"] == pytest.approx(right / 10)
+    assert last["probe_r2/level3"] == pytest.approx(wanted, abs=1e-3)
 
 
 def pictures(folder: Path, count: int) -> Path:
@@ -121,16 +122,16 @@ def pictures(folder: Path, count: int) -> Path:
 
 def test_files_are_named_by_their_folder_or_by_a_list(write_recipe: Write, tmp_path: Path) -> None:
     folder = pictures(tmp_path / "colours", 14)
-    labelled = labelled_files(str(folder), 24, frames=4, fps=8.0, size=64, patch=16)
-    assert labelled.bank == 12
-    assert labelled.classes.bincount().tolist() == [12, 12]
-    assert labelled.classes[:12].bincount().tolist() == [6, 6]
+    probe = ClassProbe(str(folder), 24, frames=4, fps=8.0, size=64, patch=16)
+    assert probe.bank == 12
+    assert probe.classes.bincount().tolist() == [12, 12]
+    assert probe.classes[:12].bincount().tolist() == [6, 6]
     listed = tmp_path / "colours.csv"
     files = [f"{file},{file.parent.name}\n" for file in sorted(folder.rglob("*.png"))]
     listed.write_text("".join(["path,label\n", *files]))
-    again = labelled_files(str(listed), 24, frames=4, fps=8.0, size=64, patch=16)
-    assert torch.equal(again.classes, labelled.classes)
-    assert all(map(torch.equal, again.clips, labelled.clips))
+    again = ClassProbe(str(listed), 24, frames=4, fps=8.0, size=64, patch=16)
+    assert torch.equal(again.classes, probe.classes)
+    assert all(map(torch.equal, again.clips, probe.clips))
     run = trained(write_recipe("run"), *EVALUATE, f"evaluate.clips={folder}")
     # Colours are told apart by any features.
     assert read_metrics(run / "metrics.jsonl")[-1]["probe_knn/level3"] == 1.0
@@ -146,4 +147,4 @@ def test_folders_that_name_nothing_are_refused(write_recipe: Write, tmp_path: Pa
 
 def test_a_run_on_images_alone_is_probed_on_images(write_recipe: Write) -> None:
     folder = trained(write_recipe("run"), *EVALUATE, "data.video=[]")
-    assert "probe_knn/level3" in read_metrics(folder / "metrics.jsonl")[-1]
+    assert "probe_r2/level3" in read_metrics(folder / "metrics.jsonl")[-1]
