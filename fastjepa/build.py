@@ -95,11 +95,9 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         console.say(f"teacher from {recipe.distill.teacher}: {jepa.source.origin}")
     engine = build_engine(recipe, jepa, device, ranks)
     guard = LossGuard(
-        sigma=recipe.guard.sigma,
-        window=recipe.guard.window,
-        start=resolved.guard_start,
+        sigma=recipe.guard.sigma, window=recipe.guard.window, start=resolved.guard_start,
         device=device,
-    )
+    )  # fmt: skip
     folder = recipe.run.folder
     returns = Returns(recipe.guard.return_after, recipe.guard.max_returns)
     checkpoint = resume(folder, engine, guard)
@@ -268,13 +266,9 @@ def _teacher(recipe: Recipe, size: EncoderSize, device: torch.device) -> Encoder
     assert recipe.distill is not None
     sharded = recipe.engine.kind == "deepspeed"
     return load_teacher(
-        recipe.distill.teacher,
-        size,
-        patch=recipe.model.patch,
-        tubelet=recipe.model.tubelet,
-        device=device,
-        dtype=DTYPES[recipe.engine.dtype] if sharded else torch.float32,
-    )
+        recipe.distill.teacher, size, patch=recipe.model.patch, tubelet=recipe.model.tubelet,
+        device=device, dtype=DTYPES[recipe.engine.dtype] if sharded else torch.float32,
+    )  # fmt: skip
 
 
 def mask_maker(recipe: Recipe, stream: Stream, rank: int = 0) -> MaskMaker:
