@@ -13,20 +13,29 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from problem import CPU, alone, guard, micro_batches, networks, state
 
+from fastjepa.build import build
 from fastjepa.checkpoint import CheckpointError
 from fastjepa.checkpoint.layout import newest_first, num_bytes
+from fastjepa.config.load import load_recipe
+from fastjepa.data.augment import normalise
+from fastjepa.data.batch import Batch, BatchSource
+from fastjepa.data.numbered import write_numbered
+from fastjepa.observe.console import Console
+from fastjepa.observe.sinks import read_metrics
 from fastjepa.train.engine import Engine
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine, _import_deepspeed
 from fastjepa.train.ranks import Ranks, RanksError, join
 from fastjepa.train.saver import Saver
+from fastjepa.train.signals import StopRequest
 from fastjepa.train.state import restore, resume, save
 from fastjepa.train.step import train_step
 
@@ -146,6 +155,62 @@ def meet_damage(launch: Launch, ranks: Ranks, folder: Path) -> dict[str, Any]:
     return {"told": []}
 
 
+class Spoilt:
+    """A source in which some batches hold an infinity; `taken` are those that were asked for."""
+
+    def __init__(self, source: BatchSource, steps: tuple[int, ...]) -> None:
+        self.source, self.steps = source, steps
+        self.taken: list[int] = []
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        for batch in self.source.batches(start, stop):
+            clip = normalise(batch.clip)
+            if batch.step in self.steps:
+                clip[0, 0, 0, 0, 0] = torch.inf
+            self.taken.append(batch.step)
+            yield batch._replace(clip=clip)
+
+    def first_clip(self) -> Batch:
+        return self.source.first_clip()
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def go_back(ranks: Ranks, place: Path) -> dict[str, Any]:
+    """A run whose last rank meets two bad steps in a row."""
+    recipe = place / "back.yaml"
+    trainer = build(load_recipe(recipe), ranks=ranks, console=Console(StringIO()))
+    steps = (5, 6) if ranks.rank == ranks.size - 1 else ()
+    spoilt = Spoilt(trainer.loaders["video"], steps)
+    trainer.loaders = {"video": spoilt}
+    finished = trainer.run(StopRequest())
+    return {
+        "finished": ranks.gather(finished),
+        "taken": ranks.gather(spoilt.taken),
+        "returns": ranks.gather(trainer.returns.made),
+        "logged": [row["step"] for row in read_metrics(trainer.folder / "metrics.jsonl")],
+    }
+
+
+def write_run(place: Path) -> None:
+    """The recipe of `go_back`, and its clips."""
+    (place / "clips").mkdir()
+    for number in range(4):
+        write_numbered(place / "clips", number, codec="h264")
+    (place / "back.yaml").write_text(f"""
+model:
+  {{name: vit_tiny, width: 48, depth: 4, heads: 2,
+   predictor: {{width: 48, depth: 2, heads: 2, mask_tokens: 2}}}}
+data: {{video: {place / "clips"}, frames: 4, fps: 8, crop: 64, batch: 2, workers: 0}}
+optim: {{lr: 1.0e-3, warmup: 2, ema: {{half_life: 5}}}}
+guard: {{return_after: 2}}
+train: {{steps: 10, log_every: 1, checkpoint_every: 4}}
+engine: {{kind: deepspeed, device: cpu, dtype: float32, threads: 1, zero_stage: 2}}
+run: {{folder: {place / "back"}}}
+""")
+
+
 def on_ranks(launch: Launch, work: Callable[[Ranks], dict[str, Any]]) -> dict[str, Any]:
     """The first rank's result of `work` on forked ranks."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as place:
@@ -187,7 +252,9 @@ def main() -> None:
     straight = train(jepa, engine, range(STEPS * len(LAUNCHES)))
     two = Launch(2, 1)
     damage = on_ranks(two, lambda ranks: meet_damage(two, ranks, folder))
-    found = {"launches": launches, "straight": straight, "damage": damage}
+    write_run(out.parent)
+    back = on_ranks(two, lambda ranks: go_back(ranks, out.parent))
+    found = {"launches": launches, "straight": straight, "damage": damage, "back": back}
     out.write_text(json.dumps(found, indent=1))
 
 

@@ -91,3 +91,14 @@ def test_an_altered_share_is_named_on_every_rank_before_anything_is_changed(
         assert "optimizer-00002-of-00002.safetensors: damaged, its SHA-256 is " in told
         assert f"the previous complete checkpoint is {folder}/checkpoints/step-00000008" in told
     assert load_checkpoint(folder / "checkpoints" / "step-00000008").state["launch"]["size"] == 4
+
+
+def test_bad_steps_on_one_rank_take_all_back_past_the_data(
+    run: tuple[Path, dict[str, Any]],
+) -> None:
+    """Skipped at steps 5 and 6, back to 4: what follows is the data that nobody has seen."""
+    back = run[1]["back"]
+    assert back["finished"] == [True, True]
+    assert back["returns"] == [[{"at": 7, "to": 4}]] * 2
+    assert back["taken"] == [list(range(13))] * 2
+    assert back["logged"] == list(range(1, 11))
