@@ -157,7 +157,7 @@ def test_an_export_from_many_ranks_shares_holds_less_than_a_layer(
     encoder = stirred(Encoder(**sizes)).state_dict()
     heads = stirred(Predictor(encoder_width=384, num_levels=2, width=96, depth=2, heads=2))
     parts = {"target_encoder": encoder, "encoder": encoder, "predictor": heads.state_dict()}
-    temporary = begin(tmp_path / "large", 1)
+    temporary = begin(tmp_path / "large", 1, 0)
     written = [write_shares(temporary, cut(parts, rank, 3), rank, 3) for rank in range(3)]
     publish(temporary, written, state_text(1, {"model": sizes}), keep=1)
     arguments = [str(run), str(tmp_path / "large"), str(tmp_path)]

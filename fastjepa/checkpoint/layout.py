@@ -83,7 +83,7 @@ def save_checkpoint(
     text = state_text(step, state)
     shares = {part: whole(named) for part, named in tensors.items()}
     try:
-        temporary = begin(folder, step)
+        temporary = begin(folder, step, num_bytes(shares))
         try:
             return publish(temporary, [write_shares(temporary, shares)], text, keep)
         finally:
@@ -105,14 +105,19 @@ def state_text(step: int, state: Mapping[str, JSON]) -> str:
         raise CheckpointError(f"state of step {step} is not JSON: {error}") from error
 
 
-def begin(folder: Path, step: int) -> Path:
+def begin(folder: Path, step: int, needed: int) -> Path:
     """Make the temporary folder that a save is written to, and clear the leftovers of killed ones.
 
-    Raises OSError.
+    Raises OSError, also where fewer than `needed` bytes are free: a disk that a checkpoint had
+    filled up would fail the run's logs, too.
     """
     final = _final(folder, step)
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final.parent)
+    disk = shutil.disk_usage(final.parent)
+    # Some file systems over a network do not say what they hold.
+    if disk.total and disk.free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = final.with_name(f"{_TEMPORARY}{final.name}-{os.getpid()}")
     temporary.mkdir()
     return temporary

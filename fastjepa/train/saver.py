@@ -56,7 +56,9 @@ class Saver:
         ranks = self._ranks
         self._step, self._bytes = step, sum(ranks.gather(num_bytes(shares)))
         text = state_text(step, facts)
-        made = self._together(lambda: begin(self._folder, step) if ranks.first else None)
+        made = self._together(
+            lambda: begin(self._folder, step, self._bytes) if ranks.first else None
+        )
         self._temporary = temporary = Path(made[0])
 
         def write(_: list[Any]) -> Written:

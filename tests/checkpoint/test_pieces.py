@@ -24,7 +24,7 @@ WEIGHT = torch.arange(60.0).view(SHAPE)
 
 def write(run: Path, shares: list[Shares], step: int = 1) -> Path:
     """A checkpoint of so many ranks' shares."""
-    temporary = begin(run, step)
+    temporary = begin(run, step, 0)
     written = [
         write_shares(temporary, share, rank, len(shares)) for rank, share in enumerate(shares)
     ]

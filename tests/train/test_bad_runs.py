@@ -157,3 +157,25 @@ def test_a_vanishing_context_weight_is_v_jepa_2(write_recipe: Write, tmp_path: P
     assert "loss_context" not in row
     assert "loss_predict/level3" in row
     assert "loss_predict/level1" not in row
+
+
+@pytest.mark.parametrize("damage", ["truncated", "damaged"])
+def test_a_damaged_checkpoint_is_named_and_its_remedy_goes_on_from_the_one_before(
+    write_recipe: Write, tmp_path: Path, damage: str
+) -> None:
+    recipe = write_recipe("run")
+    assert run(recipe, "train.steps=4", "train.checkpoint_every=2")[0] == 0
+    file = tmp_path / "run/checkpoints/step-00000004/target_encoder.safetensors"
+    content = file.read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    file.write_bytes(content[:-1] if damage == "truncated" else flipped)
+    code, out = run(recipe, "train.steps=6")
+    assert code == 2
+    said = last_line(out)
+    assert f"{file}: {damage}" in said
+    assert said.endswith("and give the same command again")
+    remedy = said.partition("to go on from it, ")[2].removesuffix("and give the same command again")
+    subprocess.run(remedy, shell=True, check=True)
+    code, out = run(recipe, "train.steps=6")
+    assert code == 0
+    assert "step-00000002, step 2" in out

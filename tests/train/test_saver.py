@@ -84,10 +84,13 @@ def test_a_full_disk_is_told_after_the_step_and_the_old_checkpoint_stands(small_
     saver.start(1, shares(1.0), {}, {})
     saver.wait()
     free = shutil.disk_usage(small_disk).free
-    saver.start(2, shares(2.0, 1 << 20), {}, {})
     with pytest.raises(SaveError, match="No space left on device; it needs about 4,194,304") as met:
-        saver.wait()
+        saver.start(2, shares(2.0, 1 << 20), {}, {})
     assert f"{free:,} are free there" in str(met.value)
+    # The numbers alone would fit: it is the thread that meets the end of the disk.
+    saver.start(2, shares(2.0, free // 4), {}, {})
+    with pytest.raises(SaveError, match="No space left on device"):
+        saver.wait()
     assert sorted(path.name for path in (small_disk / "checkpoints").iterdir()) == [
         "latest", "step-00000001",
     ]  # fmt: skip
