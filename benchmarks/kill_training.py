@@ -39,7 +39,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+import deepspeed.runtime.zero.muon.original_muon
+import deepspeed.runtime.zero.stage3
+import deepspeed.runtime.zero.stage_1_and_2
 import torch
+import torch._dynamo
 import torch.utils.tensorboard
 
 import fastjepa.build  # noqa: F401 (imported once, for all ranks)

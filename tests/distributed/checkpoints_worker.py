@@ -5,6 +5,7 @@ has imported everything once.
 """
 
 import hashlib
+import importlib
 import json
 import os
 import pickle
@@ -244,6 +245,10 @@ def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     _import_deepspeed(CPU)
+    for late in ("torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"):
+        importlib.import_module(late)
+    for stage in ("stage3", "stage_1_and_2"):
+        importlib.import_module(f"deepspeed.runtime.zero.{stage}")
     launches = [
         on_ranks(launch, lambda ranks, one=launch: continue_run(one, ranks, folder))  # type: ignore[misc]
         for launch in LAUNCHES
