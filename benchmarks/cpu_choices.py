@@ -43,7 +43,7 @@ def in_turn(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 def products(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, float]:
     """A Linear layer's three products, by MKL and by oneDNN, in float32."""
     x, w, b = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    dy = torch.randn(rows, outputs)
+    dy, residual = torch.randn(rows, outputs), torch.randn(rows, outputs)
     linear = _onednn._linear_pointwise
     return in_turn(
         {
@@ -52,6 +52,8 @@ def products(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, fl
             "forward, oneDNN, copied weight": lambda: linear(
                 x, w.t().contiguous().t(), b, "none", [], ""
             ),
+            "added, MKL": lambda: (residual + b).addmm_(x, w.t()),
+            "added, oneDNN": lambda: linear.binary(x, residual, w, b, "add"),
             "input's gradient, MKL": lambda: dy @ w,
             "input's gradient, oneDNN": lambda: linear(dy, w.t(), None, "none", [], ""),
             "weight's gradient, MKL": lambda: dy.t() @ x,
@@ -62,9 +64,11 @@ def products(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, fl
 
 
 def attention(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float]:
-    """Flash attention with all keys at once against the way we choose, in both dtypes."""
+    """Flash attention with all keys at once against the way we choose, in the dtypes that the
+    processor multiplies."""
     calls: dict[str, Callable[[], object]] = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    narrow = [torch.bfloat16] if _onednn._is_mkldnn_bf16_supported() else []
+    for dtype in (torch.float32, *narrow):
         q, k, v, grad = (torch.randn(shape, dtype=dtype) for _ in range(4))
         out, lse = _flash(q, k, v)
         name = str(dtype).removeprefix("torch.")
@@ -138,6 +142,7 @@ def main() -> None:
     if args.json:
         record = {
             "torch": torch.__version__,
+            "vectors": torch.backends.cpu.get_cpu_capability(),
             "threads": args.threads,
             "milliseconds": found,
             "bfloat16_errors": errors,

@@ -299,8 +299,11 @@ def _backends(dali: bool) -> Iterator[Finding]:
             "because the device is a CPU; model.attention: math takes the plain formula"
         )
         onednn = torch.backends.mkldnn.is_available()
+        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         products = (
             "oneDNN, and MKL for the weights' gradients, because this torch has oneDNN"
+            if onednn and wide
+            else "MKL, because it is faster than oneDNN without AVX-512"
             if onednn
             else "plain products, because this torch has no oneDNN"
         )

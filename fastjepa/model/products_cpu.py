@@ -1,13 +1,16 @@
 """The matrix products of a Linear layer on a CPU, each by the faster of oneDNN and MKL.
 
-Measured with two threads of an EPYC (benchmarks/cpu_choices.py): oneDNN with the bias, or the
-residual, in its epilogue wins where the weight's rows are the short side, and for the input's
-gradient; with many rows it is worth a transposed copy of the weight. The weight's gradient in
-float32 goes to oneDNN where the weight's rows are the short side. All else is the plain product,
-and so is everything in float64 and where oneDNN cannot work.
+Measured with two threads of two EPYCs (benchmarks/cpu_choices.py). With AVX-512: oneDNN with the
+bias, or the residual, in its epilogue wins where the weight's rows are the short side, and for the
+input's gradient; with many rows it is worth a transposed copy of the weight. The weight's gradient
+in float32 goes to oneDNN where the weight's rows are the short side. With AVX2 alone MKL is faster
+at all of them, most at gradients. All else is the plain product, and so is everything in float64
+and where oneDNN cannot work.
 
 Shapes: R rows, I input width, O output width.
 """
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,7 +26,12 @@ def _by_onednn(x: Tensor) -> bool:
         return False
     # In bfloat16 it needs instructions that older processors lack (AVX-512, or AVX-NE-CONVERT).
     bf16: bool = x.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported()
-    return bf16 or x.dtype == torch.float32
+    return bf16 or (x.dtype == torch.float32 and _wide_vectors())
+
+
+@lru_cache(maxsize=1)
+def _wide_vectors() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _laid_out(weight_OI: Tensor, rows: int) -> Tensor:
