@@ -79,6 +79,11 @@ def resolve(recipe: Recipe) -> Resolved:
     Raises RecipeError naming key, value and what fits where its values do not go together.
     """
     data, steps = recipe.data, recipe.train.steps
+    if recipe.distill is not None and recipe.engine.target_dtype is not None:
+        raise RecipeError(
+            f"engine.target_dtype: {recipe.engine.target_dtype} is for the moving average, and a "
+            "teacher gives the targets; expected null"
+        )
     encoder = _encoder(recipe.model)
     norm_levels = encoder.levels
     if not recipe.objective.deep:

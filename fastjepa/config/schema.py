@@ -311,6 +311,7 @@ class Engine(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     residual: Literal["reference", "bfloat16"] = "reference"
     compile: Literal["blocks"] | None = None
+    target_dtype: Literal["float8"] | None = None
     threads: Positive | None = None
     mask_groups: Literal["auto", "packed", "in_turn"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2

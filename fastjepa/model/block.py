@@ -54,22 +54,22 @@ def compile_blocks(*networks: nn.Module) -> None:
 class Attention(nn.Module):
     """Weights of the attention: packed `qkv` (q, k, v, each heads x head width) and `proj`."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads: expected a divisor of width {width}, got {heads}")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = linear(width, 3 * width)
+        self.proj = linear(width, width)
 
 
 class Mlp(nn.Module):
     """Weights of the MLP: `fc1`, exact GELU, `fc2`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = linear(width, hidden)
+        self.fc2 = linear(hidden, width)
 
 
 class Block(nn.Module):
@@ -83,16 +83,17 @@ class Block(nn.Module):
         *,
         attention: str = "auto",
         rope: Rope = "interleaved",
+        linear: type[nn.Linear] = nn.Linear,
     ) -> None:
         super().__init__()
         self.backend, self.rope = attention, rope
         # Whether a CPU takes the hand-written halves where they can work; whether what lies around
         # attention is compiled (block_compiled.py), which leaves no use for them.
-        self.by_hand, self.compiled = True, False
+        self.by_hand, self.compiled = linear is nn.Linear, False
         self.norm1 = LayerNorm(width, eps=EPS)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, linear)
         self.norm2 = LayerNorm(width, eps=EPS)
-        self.mlp = Mlp(width, mlp_width)
+        self.mlp = Mlp(width, mlp_width, linear)
 
     def forward(
         self,

@@ -28,8 +28,8 @@ class Encoder(nn.Module):
     `levels` are 0-based block indices, ascending, the last block last; each has a LayerNorm of
     its own. `generation` "2" is V-JEPA 2: one tokenizer (an image is read as a still clip of one
     tubelet), no modality embeddings, one norm for all levels; its weights need `rope` "tiled" and
-    no interpolation. Parameter names are those of the released state dict. `origin` says where
-    the weights are from.
+    no interpolation. `linear` is the class of the blocks' products (`Float8Linear` for a target).
+    Parameter names are those of the released state dict. `origin` says where the weights are from.
     """
 
     origin = "random weights"
@@ -49,6 +49,7 @@ class Encoder(nn.Module):
         attention: str = "auto",
         rope: Rope = "interleaved",
         generation: Generation = "2.1",
+        linear: type[nn.Linear] = nn.Linear,
     ) -> None:
         super().__init__()
         for key, value, known in (
@@ -72,7 +73,8 @@ class Encoder(nn.Module):
             self.img_mod_embed = modality_embedding(width)
             self.video_mod_embed = modality_embedding(width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_width, attention=attention, rope=rope) for _ in range(depth)
+            Block(width, heads, mlp_width, attention=attention, rope=rope, linear=linear)
+            for _ in range(depth)
         )
         if generation == "2.1":
             self.norms_block = nn.ModuleList(LayerNorm(width, eps=EPS) for _ in levels)
