@@ -3,8 +3,9 @@
     python benchmarks/float8_target.py --steps 160 --json float8_target.json
 
 The demo recipe is trained twice from the same seed, side by side, with the target's products in the
-recipe's dtype and in float8. Losses are compared window by window: means of so many logged steps. The targets are
-those of the first run's last checkpoint on its probe clip, normalised as the loss does.
+recipe's dtype and in float8. Losses are compared window by window: means of so many logged steps.
+The targets are those of the first run's last checkpoint on its probe clip, normalised as the loss
+does.
 """
 
 import argparse

@@ -42,8 +42,8 @@ from fastjepa.estimate import StreamCosts
 from fastjepa.masking.batch import counts
 from fastjepa.observe.flops import TokenNumbers, mean_flops, step_flops
 
-# A step's memory is that of the last of so many: the first ones make the optimizer's moments.
-_STEPS_FOR_MEMORY = 3
+# A step's memory is that of the last of so many: the first one makes the optimizer's moments.
+_STEPS_FOR_MEMORY = 2
 # What the official step always does.
 _AS_OFFICIAL: dict[str, object] = {
     "objective.dense": True, "objective.deep": True, "objective.level_weights": None,
@@ -158,6 +158,7 @@ def measure(
     rounds: int,
     command: str,
     say: Callable[[str], None],
+    memory: bool = True,
     kernels: bool = True,
     trace: Path | None = None,
 ) -> StepResults:
@@ -171,7 +172,9 @@ def measure(
         one.load()
     if setting.reference is not None:
         make_importable(setting.reference)
-    points = [_point(one, changes, rounds, say, kernels, trace) for one, changes in settings]
+    points = [
+        _point(one, changes, rounds, say, memory, kernels, trace) for one, changes in settings
+    ]
     reference = "" if setting.reference is None else commit_of(setting.reference)
     return StepResults(
         command, commit(), reference, device_facts(setting.load().device),
@@ -196,14 +199,17 @@ def _point(
     changes: dict[str, str],
     rounds: int,
     say: Callable[[str], None],
+    memory: bool,
     kernels: bool,
     trace: Path | None,
 ) -> Point:
     loaded = setting.load()
     stream, device = loaded.stream, loaded.device
     name = " ".join(f"{key}={value}" for key, value in changes.items()) or setting.recipe.name
-    say(f"{name}: memory of each side alone")
-    memory = {side: _alone(_memory, setting, side) for side in setting.sides}
+    alone: dict[str, Memory | None] = dict.fromkeys(setting.sides)
+    if memory:
+        say(f"{name}: memory of each side alone")
+        alone = {side: _alone(_memory, setting, side) for side in setting.sides}
     say(f"{name}: steps in turn")
     batches, data = loaded.batches(rounds + 1)
     built = {side: loaded.build(side) for side in setting.sides}
@@ -214,7 +220,7 @@ def _point(
         seconds, losses = timed[side]
         compiled = side.endswith("compiled")
         sides[side] = Side(
-            loaded.dtype(side), seconds, losses, stages(step, batches[-1], device), memory[side],
+            loaded.dtype(side), seconds, losses, stages(step, batches[-1], device), alone[side],
             # A compiled step is not dispatched operation by operation.
             None if compiled else _counted(setting, side, step, batches[-1], device, kernels),
             traced(step, batches[-1], device, trace and trace / f"{side}.json".replace(" ", "-")),

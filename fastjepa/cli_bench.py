@@ -152,6 +152,7 @@ def bench_step(
         typer.Option(help="float32 or bfloat16; on a CPU float32, else the recipe's, if left out"),
     ] = None,
     compiled: Annotated[bool, typer.Option(help="measure torch.compile's variants too")] = False,
+    memory: Annotated[bool, typer.Option(help="each side's peak, alone in a process")] = True,
     kernels: Annotated[bool, typer.Option(help="count the kernels of a step")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="timed steps of each side")] = 5,
@@ -187,6 +188,7 @@ def bench_step(
         rounds=rounds,
         command=" ".join(["fastjepa bench step", *settings]),
         say=lambda line: typer.echo(line, err=True),
+        memory=memory,
         kernels=kernels,
         trace=trace,
     )
