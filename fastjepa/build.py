@@ -226,6 +226,7 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
     is one, with their objective."""
     shared: dict[str, Any] = {
         "checkpointing": recipe.model.checkpointing,
+        "keep_attention": recipe.model.keep_attention,
         "attention": recipe.model.attention,
     }
     sizes = encoder_sizes(recipe, resolved)

@@ -145,6 +145,7 @@ class StreamCosts:
                     step_flops(
                         self.encoder, self.predictor, tokens, batch=stream.clips,
                         target=self.teacher, checkpointing=model.checkpointing,
+                        keep_attention=model.keep_attention,
                     )
                     for tokens in drawn
                 ]
@@ -179,6 +180,7 @@ class StreamCosts:
                     value_bytes=self.value_bytes,
                     stream_bytes=4 if own.residual == "reference" else self.value_bytes,
                     checkpointing=checkpointing,
+                    keep_attention=self.recipe.model.keep_attention,
                     scores=self.recipe.model.attention == "math",
                     in_turn=alone and self.recipe.engine.mask_groups == "in_turn",
                 )

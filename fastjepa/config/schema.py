@@ -85,10 +85,17 @@ class Model(Sizes):
     interpolate_rope: bool = True
     rope: Rope = "interleaved"
     checkpointing: bool = False
+    keep_attention: bool = False
     attention: Literal[
         "auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "xformers", "math"
     ] = "auto"
     predictor: Predictor = Predictor()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Model":
+        if self.keep_attention and not self.checkpointing:
+            raise ValueError("keep_attention: true goes with checkpointing: true; expected false")
+        return self
 
 
 class Source(Section):

@@ -8,11 +8,10 @@ D width.
 from collections.abc import Sequence
 from typing import Literal, get_args, overload
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastjepa.model.block import EPS, Block, LayerNorm
+from fastjepa.model.checkpointing import run_checkpointed
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import segments_of
@@ -46,6 +45,7 @@ class Encoder(nn.Module):
         tubelet: int = 2,
         interpolate_rope: bool = True,
         checkpointing: bool = False,
+        keep_attention: bool = False,
         attention: str = "auto",
         rope: Rope = "interleaved",
         generation: Generation = "2.1",
@@ -66,7 +66,8 @@ class Encoder(nn.Module):
             )
         self.width, self.head_dim, self.levels = width, width // heads, tuple(levels)
         self.patch, self.tubelet, self.interpolate_rope = patch, tubelet, interpolate_rope
-        self.checkpointing, self.rope, self.generation = checkpointing, rope, generation
+        self.checkpointing, self.keep_attention = checkpointing, keep_attention
+        self.rope, self.generation = rope, generation
         self.patch_embed = Tokenizer(width, patch, tubelet)
         if generation == "2.1":
             self.patch_embed_img = Tokenizer(width, patch, 1)
@@ -125,8 +126,10 @@ class Encoder(nn.Module):
         x_RD = self._tokens(clip, rows)
         outputs: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
-            if self.checkpointing and torch.is_grad_enabled():
-                x_RD = checkpoint(block, x_RD, tables, segments, use_reentrant=False)
+            if self.checkpointing:
+                x_RD = run_checkpointed(
+                    block, x_RD, tables, segments, keep_attention=self.keep_attention
+                )
             else:
                 x_RD = block(x_RD, tables, segments)
             if number in wanted:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastjepa.model.block import EPS, Block, LayerNorm
+from fastjepa.model.checkpointing import run_checkpointed
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import SharedRow, segments_of
@@ -45,6 +45,7 @@ class Predictor(nn.Module):
         patch: int = 16,
         interpolate_rope: bool = True,
         checkpointing: bool = False,
+        keep_attention: bool = False,
         attention: str = "auto",
         rope: Rope = "interleaved",
         residual: torch.dtype | None = None,
@@ -52,7 +53,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.residual = residual
         self.head_dim, self.patch, self.interpolate_rope = width // heads, patch, interpolate_rope
-        self.checkpointing, self.rope = checkpointing, rope
+        self.checkpointing, self.keep_attention, self.rope = checkpointing, keep_attention, rope
         if num_levels == 1:
             self.predictor_embed: nn.Module = nn.Linear(encoder_width, width)
         else:
@@ -115,8 +116,8 @@ class Predictor(nn.Module):
         ]
         for number, block in enumerate(self.predictor_blocks):
             inputs = x_RP, tables, segments, None if number else shared
-            if self.checkpointing and torch.is_grad_enabled():
-                x_RP = checkpoint(block, *inputs, use_reentrant=False)
+            if self.checkpointing:
+                x_RP = run_checkpointed(block, *inputs, keep_attention=self.keep_attention)
             else:
                 x_RP = block(*inputs)
         x_RP = self.predictor_norm(x_RP)

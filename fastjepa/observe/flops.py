@@ -174,13 +174,14 @@ def step_flops(
     batch: int,
     target: EncoderNumbers | None = None,
     checkpointing: bool = False,
+    keep_attention: bool = False,
 ) -> StepFlops:
     """Operations of one step (docs/method.md, sections 2 to 5).
 
     The target encoder (`target`, by default of the encoder's size) runs once, forward only, on the
     whole grid. Context encoder and predictor run once per mask group; backward costs twice the
     forward (once for the tokenizer, whose input needs no gradient). `checkpointing` repeats the
-    forward of the blocks.
+    forward of the blocks, with `keep_attention` all but attention.
     """
     groups = list(zip(tokens.context, tokens.predicted, strict=True))
     whole = encoder_flops(target or encoder, tokens.grid, image=tokens.image)
@@ -191,16 +192,21 @@ def step_flops(
         block_flops(predictor.width, predictor.mlp_width, context + predicted)
         for context, predicted in groups
     )
+    again, guessed_again = seen - embedded, guessed_blocks
+    if keep_attention:
+        again -= encoder.depth * sum(4 * kept * kept * encoder.width for kept, _ in groups)
+        squares = sum((kept + predicted) ** 2 for kept, predicted in groups)
+        guessed_again -= predictor.depth * 4 * squares * predictor.width
     values = predictor.out_width * sum(context + predicted for context, predicted in groups)
     return StepFlops(
         target=Flops(batch * whole),
         context=Flops(
             batch * seen,
             batch * (2 * seen - embedded),
-            batch * (seen - embedded) if checkpointing else 0,
+            batch * again if checkpointing else 0,
         ),
         predictor=Flops(
-            batch * guessed, 2 * batch * guessed, batch * guessed_blocks if checkpointing else 0
+            batch * guessed, 2 * batch * guessed, batch * guessed_again if checkpointing else 0
         ),
         loss=Flops(_LOSS_FORWARD * batch * values, _LOSS_BACKWARD * batch * values),
     )

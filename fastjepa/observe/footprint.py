@@ -51,6 +51,7 @@ def step_activations(
     value_bytes: int = 2,
     stream_bytes: int = _FLOAT32,
     checkpointing: bool = False,
+    keep_attention: bool = False,
     scores: bool = False,
     in_turn: bool = False,
 ) -> Activations:
@@ -59,7 +60,8 @@ def step_activations(
 
     `value_bytes` is 2 for bf16 and 4 for float32 products, `stream_bytes` the width of the
     predictor's residual stream, float32 unless `engine.residual` says otherwise. With
-    `checkpointing` a block keeps its input alone, and the largest single block comes on top.
+    `checkpointing` a block keeps its input alone, with `keep_attention` attention's output and
+    float32 log-sum-exp too, and the largest single block comes on top.
     """
     groups = list(zip(tokens.context, tokens.predicted, strict=True))
     visible = sum(tokens.context)
@@ -70,7 +72,10 @@ def step_activations(
     context = visible * (pixels * value_bytes + encoder.levels * encoder.width * level)
     block, recomputed = _block(encoder, list(tokens.context), value_bytes, scores), 0
     if checkpointing:
-        context += encoder.depth * visible * encoder.width * value_bytes
+        kept_rows = encoder.width * value_bytes
+        if keep_attention:
+            kept_rows += encoder.width * value_bytes + encoder.heads * _FLOAT32
+        context += encoder.depth * visible * kept_rows
         recomputed = block
     else:
         context += encoder.depth * block
@@ -85,7 +90,10 @@ def step_activations(
         if predictor.in_levels > 1:
             size += 2 * sum(kept for kept, _ in some) * predictor.in_width * value_bytes
         if checkpointing:
-            size += predictor.depth * sum(lengths) * predictor.width * stream_bytes
+            kept_rows = predictor.width * stream_bytes
+            if keep_attention:
+                kept_rows += predictor.width * value_bytes + predictor.heads * _FLOAT32
+            size += predictor.depth * sum(lengths) * kept_rows
             recomputed = max(recomputed, block)
         else:
             size += predictor.depth * block

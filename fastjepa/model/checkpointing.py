@@ -1,0 +1,38 @@
+"""Blocks that keep their input alone and run again in the backward, whole or but for attention."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+# In the names of the operations whose outputs are kept: PyTorch's dense and packed attention,
+# FlashAttention's and xFormers' forwards.
+_ATTENTION = ("attention", "attn", "flash_fwd")
+
+
+def run_checkpointed(block: nn.Module, *inputs: Any, keep_attention: bool) -> Tensor:
+    """`block(*inputs)` that keeps `inputs`, and with `keep_attention` what attention gave, whose
+    operations grow with the square of the tokens while its output does not."""
+    if not torch.is_grad_enabled():
+        whole: Tensor = block(*inputs)
+        return whole
+    contexts = (
+        partial(create_selective_checkpoint_contexts, _policy)
+        if keep_attention
+        else noop_context_fn
+    )
+    out: Tensor = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+    return out
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = str(operation)
+    kept = any(word in name for word in _ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
