@@ -217,13 +217,17 @@ def _point(
     say(f"{name}: stages, bytes and operations")
     sides = {}
     for side, step in built.items():
-        seconds, losses = timed[side]
+        found = timed[side]
         compiled = side.endswith("compiled")
+        # A compiled step is not dispatched operation by operation.
+        counted = None
+        if not side.endswith("compiled"):
+            counted = _counted(setting, side, step, batches[-1], device, kernels)
+        path = trace and trace / f"{side}.json".replace(" ", "-")
         sides[side] = Side(
-            loaded.dtype(side), seconds, losses, stages(step, batches[-1], device), alone[side],
-            # A compiled step is not dispatched operation by operation.
-            None if compiled else _counted(setting, side, step, batches[-1], device, kernels),
-            traced(step, batches[-1], device, trace and trace / f"{side}.json".replace(" ", "-")),
+            loaded.dtype(side), found.rounds, found.processor, found.losses,
+            stages(step, batches[-1], device), alone[side], counted,
+            traced(step, batches[-1], device, path),
         )  # fmt: skip
     tokens = [
         TokenNumbers(stream.tokens, context, predicted, image=stream.frames == 1)

@@ -8,6 +8,7 @@ What is timed as a whole is not watched: stages, bytes and operations come from 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,19 +29,26 @@ _SIDE = {"cuda": 8192, "cpu": 1536}
 _NAMED = 12
 
 
-def in_turn(
-    sides: Mapping[str, Step], batches: Sequence[ClipAndMasks]
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Seconds and losses of each side's step on each batch; on the first, which warms up, the loss
-    alone."""
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in sides}
+@dataclass
+class Timed:
+    """Seconds of the steps by the clock and of all processors, and every step's loss."""
+
+    rounds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def in_turn(sides: Mapping[str, Step], batches: Sequence[ClipAndMasks]) -> dict[str, Timed]:
+    """Each side's step on each batch; on the first, which warms up, the loss alone counts."""
+    found = {name: Timed() for name in sides}
     for number, (clip, masks) in enumerate(batches):
         for name, step in sides.items():
-            begin = time.perf_counter()
+            begin, used = time.perf_counter(), time.process_time()
             loss = step(clip, masks)  # a float: the device has done its work
             if number:
-                found[name][0].append(time.perf_counter() - begin)
-            found[name][1].append(loss)
+                found[name].processor.append(time.process_time() - used)
+                found[name].rounds.append(time.perf_counter() - begin)
+            found[name].losses.append(loss)
     return found
 
 

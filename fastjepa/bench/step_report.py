@@ -1,5 +1,6 @@
 """The figures of `fastjepa bench step` as text and as a picture."""
 
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,8 +43,8 @@ def _point_lines(point: Point) -> Iterator[str]:
     yield f"{point.total_flops / 1e9:.1f} GFLOP a step: {flops}"
     rates = ", ".join(f"{dtype} {r / 1e9:.0f} GFLOP/s" for dtype, r in point.matrix_rates.items())
     yield f"large matrix product: {rates}; a batch is loaded in {point.data:.3f} s by one process"
-    header = ("side", "dtype", "step, s", "clips/s", "MFU", "peak, MiB", "MiB a clip",
-              "time", "memory", "loss")  # fmt: skip
+    header = ("side", "dtype", "step, s", "clips/s", "MFU", "peak, MiB", "MiB a clip", "CPU, s",
+              "time", "CPU", "memory", "loss")  # fmt: skip
     rows = [_cells(point, name, side) for name, side in point.sides.items()]
     yield from aligned([header, *rows])
     stages = list(next(iter(point.sides.values())).stages)
@@ -68,12 +69,14 @@ def _cells(point: Point, name: str, side: Side) -> tuple[str, ...]:
         f"{point.utilisation(name):.1%}",
         "" if memory is None else f"{memory.peak / 2**20:.0f}",
         "" if per_clip is None else f"{per_clip / 2**20:.0f}",
+        f"{statistics.median(side.processor):.3f}",
     )  # fmt: skip
     if OFFICIAL not in point.sides or name == OFFICIAL:
-        return (*cells, "", "", "")
+        return (*cells, "", "", "", "")
     ratio = point.memory_ratio(name, OFFICIAL)
     return (
         *cells, f"{point.time_ratio(name, OFFICIAL):.3f}",
+        f"{point.processor_ratio(name, OFFICIAL):.3f}",
         "" if ratio is None else f"{ratio:.3f}",
         f"{point.loss_difference(name, OFFICIAL):.1e}",
     )  # fmt: skip

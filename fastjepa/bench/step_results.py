@@ -36,10 +36,12 @@ class Counted:
 @dataclass(frozen=True)
 class Side:
     """One way to make the step. `rounds` are seconds of steps that took turns with the other
-    sides', `stages` those of one step stage by stage, timed apart."""
+    sides', `processor` the seconds in which a processor was at work for them, `stages` those of one
+    step stage by stage, timed apart."""
 
     dtype: str
     rounds: list[float]
+    processor: list[float]
     losses: list[float]
     stages: dict[str, float]
     memory: Memory | None = None
@@ -88,8 +90,11 @@ class Point:
 
     def time_ratio(self, side: str, other: str) -> float:
         """The median over rounds, in which both took their turn."""
-        pairs = zip(self.sides[side].rounds, self.sides[other].rounds, strict=True)
-        return statistics.median(a / b for a, b in pairs)
+        return _ratio(self.sides[side].rounds, self.sides[other].rounds)
+
+    def processor_ratio(self, side: str, other: str) -> float:
+        """That of the processors' time, which other work on the machine hardly changes."""
+        return _ratio(self.sides[side].processor, self.sides[other].processor)
 
     def memory_ratio(self, side: str, other: str) -> float | None:
         ours, theirs = self.sides[side].memory, self.sides[other].memory
@@ -99,6 +104,10 @@ class Point:
         """The largest relative difference of a step's loss."""
         pairs = zip(self.sides[side].losses, self.sides[other].losses, strict=True)
         return max(abs(a - b) / abs(b) for a, b in pairs)
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class StepResults:
                 if OFFICIAL in point.sides and name != OFFICIAL:
                     side |= {
                         "time_ratio": point.time_ratio(name, OFFICIAL),
+                        "processor_ratio": point.processor_ratio(name, OFFICIAL),
                         "memory_ratio": point.memory_ratio(name, OFFICIAL),
                         "loss_relative_difference": point.loss_difference(name, OFFICIAL),
                     }

@@ -54,7 +54,7 @@ def test_every_point_of_a_sweep_has_its_figures(found: dict[str, Any], recipe: P
     ]  # fmt: skip
     for clips, point in enumerate(found["points"], start=1):
         ours = point["sides"]["ours"]
-        assert len(ours["rounds"]) == 8
+        assert len(ours["rounds"]) == len(ours["processor"]) == 8
         assert ours["clips_per_second"] == pytest.approx(clips / ours["seconds"])
         work = point["total_flops"] / ours["seconds"]
         assert ours["model_flops_utilisation"] == pytest.approx(
@@ -121,7 +121,7 @@ def test_the_official_step_has_the_same_loss(tmp_path: Path) -> None:
 
 def test_ratios_are_medians_over_the_turns_taken_together() -> None:
     def side(rounds: list[float], losses: list[float], peak: int) -> Side:
-        return Side("float32", rounds, losses, {}, Memory(peak, 100))
+        return Side("float32", rounds, rounds[::-1], losses, {}, Memory(peak, 100))
 
     point = Point(
         {}, "vit_tiny", 16, 64, 4, 64, (8.0,), (8.0,), {"target": 100}, 1.0,
@@ -130,6 +130,7 @@ def test_ratios_are_medians_over_the_turns_taken_together() -> None:
         {"float32": 200.0},
     )  # fmt: skip
     assert point.time_ratio("ours", "official") == 0.5
+    assert point.processor_ratio("ours", "official") == 0.5
     assert point.memory_ratio("ours", "official") == 0.5
     assert point.memory_per_clip("ours") == 50
     assert point.clips_per_second("ours") == 2.0
