@@ -218,7 +218,6 @@ def _point(
     sides = {}
     for side, step in built.items():
         found = timed[side]
-        compiled = side.endswith("compiled")
         # A compiled step is not dispatched operation by operation.
         counted = None
         if not side.endswith("compiled"):

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 import fastjepa
 from fastjepa.checkpoint import claim_run_folder
@@ -35,7 +34,7 @@ from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.model.block import compile_blocks
-from fastjepa.model.float8 import Float8Linear, float8_refusal
+from fastjepa.model.float8 import target_linear
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
 from fastjepa.presets import EncoderSize
@@ -247,12 +246,7 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         residual=torch.bfloat16 if recipe.engine.residual == "bfloat16" else None,
         **shared,
     ).to(device)
-    float8 = recipe.engine.target_dtype == "float8"
-    if float8:
-        refusal = float8_refusal(device, resolved.encoder.width, resolved.encoder.mlp_width)
-        if refusal is not None:
-            raise ValueError(f"engine.target_dtype: float8 cannot run here: {refusal}; null fits")
-    linear = Float8Linear if float8 else nn.Linear
+    linear = target_linear(recipe.engine.target_dtype, device, sizes["width"], sizes["mlp_width"])
     target = Encoder(**sizes, **shared, linear=linear).to(device)
     target.load_state_dict(encoder.state_dict())
     objective = Objective(
@@ -260,13 +254,11 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         exponent=recipe.objective.loss_exp,
         normalize_prediction=recipe.objective.normalize_predictor,
     )
-    networks = [encoder, predictor] if float8 else [encoder, predictor, target]
     teacher, target_levels = None, levels
     if resolved.teacher is not None:
         teacher, target_levels = _teacher(recipe, resolved.teacher, device), resolved.teacher.levels
-        networks.append(teacher)
     if recipe.engine.compile == "blocks":
-        compile_blocks(*networks)
+        compile_blocks(encoder, predictor, target if teacher is None else teacher)
     return Jepa(encoder, predictor, target, objective, levels, target_levels, teacher)
 
 

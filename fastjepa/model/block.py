@@ -41,9 +41,11 @@ class LayerNorm(nn.LayerNorm):
 def compile_blocks(*networks: nn.Module) -> None:
     """Let the blocks of networks run compiled (block_compiled.py) from now on.
 
-    Raises ValueError where nothing can be compiled for their device.
+    Blocks whose products are not plain ones stay as they are. Raises ValueError where nothing can
+    be compiled for their device.
     """
-    blocks = [m for network in networks for m in network.modules() if isinstance(m, Block)]
+    modules = [module for network in networks for module in network.modules()]
+    blocks = [m for m in modules if isinstance(m, Block) and type(m.mlp.fc1) is nn.Linear]
     for block in blocks:
         refusal = compile_refusal(block.mlp.fc1.weight.device)
         if refusal is not None:

@@ -9,6 +9,8 @@ tests and for measuring what the rounding does.
 Shapes: R rows, I input width, O output width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,8 +47,20 @@ def rounded(x_RI: Tensor) -> tuple[Tensor, Tensor]:
     return (x_RI.float() / scale_R1).to(torch.float8_e4m3fn), scale_R1
 
 
-def float8_refusal(device: torch.device, *widths: int) -> str | None:
-    """Why products of these widths cannot be in float8 on a device; None if they can."""
+def target_linear(dtype: str | None, device: torch.device, *widths: int) -> type[nn.Linear]:
+    """The class of a target encoder's products in `dtype`: `float8`, or None for plain ones.
+
+    Raises ValueError where a GPU cannot multiply float8 numbers of these widths.
+    """
+    if dtype is None:
+        return nn.Linear
+    refusal = _refusal(device, widths)
+    if refusal is not None:
+        raise ValueError(f"engine.target_dtype: {dtype} cannot run here: {refusal}; null fits")
+    return Float8Linear
+
+
+def _refusal(device: torch.device, widths: Sequence[int]) -> str | None:
     if device.type != "cuda":
         return None
     if torch.cuda.get_device_capability(device) < (8, 9):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fastjepa.model import Encoder, build_encoder
-from fastjepa.model.float8 import LARGEST, Float8Linear, float8_refusal, rounded
+from fastjepa.model.float8 import LARGEST, Float8Linear, rounded, target_linear
 
 # Half a step between neighbours with 3 bits behind the point.
 ROUNDING = 2.0**-4
@@ -60,7 +60,9 @@ def test_a_targets_features_move_by_a_few_percent() -> None:
 
 
 def test_a_cpu_takes_any_width_and_weights_have_their_names() -> None:
-    assert float8_refusal(torch.device("cpu"), 13) is None
+    cpu = torch.device("cpu")
+    assert target_linear("float8", cpu, 13) is Float8Linear
+    assert target_linear(None, cpu, 13) is torch.nn.Linear
     sizes = {"width": 24, "depth": 1, "heads": 2, "mlp_width": 40, "levels": [0]}
     assert (
         Encoder(**sizes, linear=Float8Linear).state_dict().keys()  # type: ignore[arg-type]
