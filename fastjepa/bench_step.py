@@ -32,7 +32,7 @@ from fastjepa.bench.official_step import OfficialStep, Sizes, Update
 from fastjepa.bench.our_step import OurStep, as_on_a_gpu
 from fastjepa.bench.step import ClipAndMasks, Step, in_turn, matrix_rate, stages, traced, traffic
 from fastjepa.bench.step_results import OFFICIAL, OURS, Counted, Memory, Point, Side, StepResults
-from fastjepa.build import DTYPES, build_engine, build_jepa, build_loader, device_of, mask_maker
+from fastjepa.build import DTYPES, build_engine, build_jepa, build_loader, device_of
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import Recipe
@@ -41,6 +41,7 @@ from fastjepa.data.augment import normalise
 from fastjepa.estimate import StreamCosts
 from fastjepa.masking.batch import counts
 from fastjepa.observe.flops import TokenNumbers, mean_flops, step_flops
+from fastjepa.recipe_parts import mask_maker
 
 # A step's memory is that of the last of so many: the first one makes the optimizer's moments.
 _STEPS_FOR_MEMORY = 2

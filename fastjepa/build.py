@@ -6,7 +6,7 @@ reads it.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from fastjepa.checkpoint.durable import write_text
 from fastjepa.config.key_ledger import flat_keys
 from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
-from fastjepa.config.schema import MaskGroup, Recipe, Source
+from fastjepa.config.schema import Recipe, Source
 from fastjepa.config.streams import Modality, Stream
 from fastjepa.data.cache import Cache, default_folder
 from fastjepa.data.decode_dali import DaliDecoder, choose_decoder
@@ -27,18 +27,22 @@ from fastjepa.data.files import Files
 from fastjepa.data.loader import Loader
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import decode_media
+from fastjepa.data.mixture import Mixture
 from fastjepa.data.quarantine import Quarantine
 from fastjepa.distillation import check_teacher, load_teacher
 from fastjepa.evaluation import MOST_FRAMES, ClassProbe, DigitProbe, OnlineEvaluation, Probe
-from fastjepa.masking.batch import MaskMaker
-from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.model.block import compile_blocks
 from fastjepa.model.float8 import target_linear
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
+from fastjepa.observe.matrix_rate import matrix_rate
+from fastjepa.observe.profile import StepProfile
+from fastjepa.planning.gpus import board_peak
 from fastjepa.presets import EncoderSize
 from fastjepa.probes.feature_store import weights_digest
+from fastjepa.recipe_parts import encoder_sizes, mask_maker, network_numbers
+from fastjepa.roles import RankShare, share_of
 from fastjepa.train.engine import Engine, TorchEngine
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine
 from fastjepa.train.guard import LossGuard
@@ -49,9 +53,11 @@ from fastjepa.train.returns import Returns
 from fastjepa.train.saver import Saver
 from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
+from fastjepa.train.work import Work
 
 # Files known as bad at the start that are named one by one in the log.
 _BAD_FILES_SAID = 10
+Datasets = Mapping[Modality, list[tuple[Files, float]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,14 +75,12 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     device = device_of(recipe.engine.device)
-    streams = resolved.streams
-    datasets = {s.modality: _datasets(recipe, s.modality) for s in streams.values()}
-    loaders = {
-        name: _loader(recipe, stream, datasets[stream.modality], device, ranks)
-        for name, stream in streams.items()
-    }
-    # Clips of all lengths come from the same files.
-    num_files = {streams[name].modality: loader.num_files for name, loader in loaders.items()}
+    share = share_of(recipe, resolved, rank=ranks.rank, ranks=ranks.size)
+    datasets = datasets_of(recipe, resolved)
+    loaders = loaders_of(recipe, share, datasets, device)
+    # Clips of all lengths come from the same files; those of other ranks count, too.
+    num_files = {share.streams[name].modality: one.num_files for name, one in loaders.items()}
+    num_files |= {m: Mixture(d).num_files for m, d in datasets.items() if m not in num_files}
     if ranks.first:
         _claim(recipe, resolved, console)
     manifests = [files for named in datasets.values() for files, _ in named]
@@ -102,12 +106,8 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     folder = recipe.run.folder
     returns = Returns(recipe.guard.return_after, recipe.guard.max_returns)
     checkpoint = resume(folder, engine, guard)
-    samples_per_step = {
-        name: stream.clips * recipe.optim.accumulate * ranks.size
-        for name, stream in streams.items()
-    }
     if checkpoint is not None:
-        check_samples(checkpoint, samples_per_step)
+        check_samples(checkpoint, share.samples_per_step)
         returns.load(checkpoint.state)
         if recipe.distill is not None:
             check_teacher(checkpoint, recipe.distill.teacher, facts["teacher"])
@@ -119,12 +119,13 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         jepa=jepa,
         engine=engine,
         guard=guard,
-        plan=_plan(recipe, resolved),
+        plan=_plan(recipe, resolved, share),
         loaders=loaders,
         quarantine=quarantine,
-        tokens={name: stream.tokens for name, stream in streams.items()},
+        tokens={name: stream.tokens for name, stream in resolved.streams.items()},
+        work=Work(*network_numbers(recipe, resolved), _peak(device, DTYPES[recipe.engine.dtype])),
         folder=folder,
-        facts=facts | {"samples_per_step": samples_per_step},
+        facts=facts | {"samples_per_step": share.samples_per_step},
         console=console,
         log_every=recipe.train.log_every,
         checkpoint_every=recipe.train.checkpoint_every,
@@ -134,6 +135,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
         evaluation=_evaluation(recipe, next(iter(resolved.streams.values()))),
+        profile=_profile(recipe, device, ranks),
     )
 
 
@@ -191,6 +193,20 @@ def _evaluation(recipe: Recipe, stream: Stream) -> OnlineEvaluation | None:
     return OnlineEvaluation(own.every, probe)
 
 
+def _profile(recipe: Recipe, device: torch.device, ranks: Ranks) -> StepProfile | None:
+    if recipe.profile.steps is None:
+        return None
+    folder = recipe.run.folder / "profile"
+    return StepProfile(recipe.profile.steps, folder, rank=ranks.rank, device=device)
+
+
+def _peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """What the run's utilisation is a share of: a GPU's data sheet in bf16, a CPU's rate now."""
+    if device.type == "cpu":
+        return matrix_rate(dtype)
+    return board_peak(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
+
+
 def device_of(name: str) -> torch.device:
     """`auto` is CUDA where there is a device; ValueError for `cuda` without one."""
     if name == "auto":
@@ -200,24 +216,6 @@ def device_of(name: str) -> torch.device:
             "engine.device: cuda asked for, but PyTorch finds no CUDA device; auto fits"
         )
     return torch.device(name)
-
-
-def encoder_sizes(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
-    """Keyword arguments that rebuild the encoder; `levels` are all of its norms', supervised or
-    not."""
-    size = resolved.encoder
-    return {
-        "width": size.width,
-        "depth": size.depth,
-        "heads": size.heads,
-        "mlp_width": size.mlp_width,
-        "levels": list(resolved.norm_levels),
-        "patch": recipe.model.patch,
-        "tubelet": recipe.model.tubelet,
-        "interpolate_rope": recipe.model.interpolate_rope,
-        "rope": recipe.model.rope,
-        "generation": "2.1",
-    }
 
 
 def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa:
@@ -272,25 +270,10 @@ def _teacher(recipe: Recipe, size: EncoderSize, device: torch.device) -> Encoder
     )  # fmt: skip
 
 
-def mask_maker(recipe: Recipe, stream: Stream, rank: int = 0) -> MaskMaker:
-    """The masks of one stream's batches on a rank."""
-    groups: tuple[MaskGroup, ...] = getattr(recipe.masks, stream.modality)
-    return MaskMaker(
-        groups=tuple(Blocks(**group.model_dump()) for group in groups),
-        grid=stream.grid,
-        batch=stream.clips,
-        seed=recipe.run.seed,
-        stream=stream.number,
-        rank=rank,
-        weigh=recipe.objective.dense and recipe.objective.distance_weights,
-        offset=recipe.objective.offset,
-        truncate=recipe.masks.truncate,
-    )
-
-
-def build_loader(recipe: Recipe, stream: Stream, device: torch.device) -> Loader:
-    """One stream's loader of a process by itself."""
-    return _loader(recipe, stream, _datasets(recipe, stream.modality), device, ALONE)
+def datasets_of(recipe: Recipe, resolved: Resolved) -> Datasets:
+    """The files of each modality that any rank reads: clips of all lengths come from the same."""
+    modalities = {stream.modality: None for stream in resolved.streams.values()}
+    return {modality: _datasets(recipe, modality) for modality in modalities}
 
 
 def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Files, float]]:
@@ -299,9 +282,26 @@ def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Files, float]]:
     return [(read_manifest(source.path, cache), source.weight) for source in sources]
 
 
+def build_loader(recipe: Recipe, stream: Stream, device: torch.device) -> Loader:
+    """One stream's loader of a process by itself."""
+    return _loader(recipe, stream, _datasets(recipe, stream.modality), device, rank=0, ranks=1)
+
+
 def _cache(recipe: Recipe) -> Cache:
     chosen = recipe.data.cache
     return Cache(chosen.folder or default_folder(), int(chosen.gib * 2**30))
+
+
+def loaders_of(
+    recipe: Recipe, share: RankShare, datasets: Datasets, device: torch.device
+) -> dict[str, Loader]:
+    """A loader for each stream that a rank takes."""
+    return {
+        name: _loader(
+            recipe, stream, datasets[stream.modality], device, rank=share.rank, ranks=share.ranks
+        )
+        for name, stream in share.streams.items()
+    }
 
 
 def _loader(
@@ -309,7 +309,9 @@ def _loader(
     stream: Stream,
     datasets: list[tuple[Files, float]],
     device: torch.device,
-    ranks: Ranks,
+    *,
+    rank: int,
+    ranks: int,
 ) -> Loader:
     data = recipe.data
     dali = _dali(recipe, device)
@@ -325,12 +327,12 @@ def _loader(
         flip=data.augment.flip,
         seed=recipe.run.seed,
         stream=stream.number,
-        rank=ranks.rank,
-        ranks=ranks.size,
+        rank=rank,
+        ranks=ranks,
         workers=data.workers,
         prefetch=data.prefetch,
         max_bad_share=data.max_bad_share,
-        extras=mask_maker(recipe, stream, ranks.rank),
+        extras=mask_maker(recipe, stream, rank),
         pin_memory=data.pin_memory and device.type == "cuda" and dali is None,
         device_decoder=dali,
     )
@@ -378,14 +380,15 @@ def _claim(recipe: Recipe, resolved: Resolved, console: Console) -> None:
     write_text(recipe.run.folder / "resolved.json", text)
 
 
-def _plan(recipe: Recipe, resolved: Resolved) -> StepPlan:
+def _plan(recipe: Recipe, resolved: Resolved, share: RankShare) -> StepPlan:
     optim = recipe.optim
     return StepPlan(
         steps=resolved.steps,
         accumulate=optim.accumulate,
-        mix=recipe.data.mix,
-        shares={name: stream.share for name, stream in resolved.streams.items()},
-        context_weights={name: one.context_weight for name, one in resolved.streams.items()},
+        mix=share.mix,
+        shares={name: stream.share for name, stream in share.streams.items()},
+        weight=share.weight,
+        context_weights={name: one.context_weight for name, one in share.streams.items()},
         ramp=resolved.ramp,
         shape=optim.schedule,
         start_lr=optim.start_lr,

@@ -26,10 +26,6 @@ def plan(
         float, typer.Option(help="share of the peak that is reached, recompute not counted")
     ] = 0.5,
     reserve: Annotated[float, typer.Option(help="share of the memory left free")] = 0.1,
-    rank_ratio: Annotated[
-        float | None,
-        typer.Option(help="share of ranks on images alone: shows the split of equal work, too"),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON object")] = False,
 ) -> None:
     """Memory, communication, largest batches, time and GPU-hours of a recipe on many GPUs."""
@@ -52,7 +48,7 @@ def plan(
         mfu=mfu,
         reserve=reserve,
     )
-    found = make_plan(chosen, resolve(chosen), cluster, rank_ratio=rank_ratio)
+    found = make_plan(chosen, resolve(chosen), cluster)
     terminal = Console()
     if as_json:
         typer.echo(to_json(found))

@@ -10,14 +10,11 @@ import math
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from fastjepa.build import encoder_sizes, mask_maker
 from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
 from fastjepa.masking.batch import counts
 from fastjepa.observe.flops import (
-    EncoderNumbers,
-    PredictorNumbers,
     StepFlops,
     TokenNumbers,
     encoder_parameters,
@@ -27,6 +24,7 @@ from fastjepa.observe.flops import (
 )
 from fastjepa.observe.footprint import Activations, Footprint, step_activations
 from fastjepa.observe.states import Layout, state_bytes
+from fastjepa.recipe_parts import encoder_sizes, mask_maker, network_numbers
 
 # Steps whose masks are drawn for the token counts.
 DRAWN_STEPS = 8
@@ -88,24 +86,8 @@ class StreamCosts:
 
     def __init__(self, recipe: Recipe, resolved: Resolved) -> None:
         self.recipe = recipe
-        size, shape, model = resolved.encoder, resolved.predictor, recipe.model
-        levels = len(size.levels)
-        self.encoder = EncoderNumbers(
-            size.width, size.depth, size.heads, size.mlp_width, levels, model.patch, model.tubelet
-        )
-        self.teacher = None
-        if resolved.teacher is not None:
-            other = resolved.teacher
-            self.teacher = EncoderNumbers(
-                other.width, other.depth, other.heads, other.mlp_width, 1,
-                model.patch, model.tubelet,
-            )  # fmt: skip
-        source = self.teacher or self.encoder
-        self.predictor = PredictorNumbers(
-            shape.width, shape.depth, shape.heads, shape.mlp_width,
-            in_width=size.width, in_levels=levels, out_width=source.levels * source.width,
-            mask_tokens=model.predictor.mask_tokens,
-        )  # fmt: skip
+        self._alternates = resolved.mix == "alternate"
+        self.encoder, self.predictor, self.teacher = network_numbers(recipe, resolved)
         every_norm = len(encoder_sizes(recipe, resolved)["levels"])
         self.encoder_parameters = encoder_parameters(replace(self.encoder, levels=every_norm))
         self.predictor_parameters = predictor_parameters(self.predictor)
@@ -135,7 +117,7 @@ class StreamCosts:
             tuple(map(fmean, zip(*kept, strict=True)))
             for kept in ([t.context for t in drawn], [t.predicted for t in drawn])
         )
-        share = stream.share if self.recipe.data.mix == "alternate" else 1.0
+        share = stream.share if self._alternates else 1.0
         return Part(
             context,
             predicted,

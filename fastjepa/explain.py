@@ -229,7 +229,12 @@ def _schedule(recipe: Recipe, resolved: Resolved) -> Rows:
 def _optimizer_step(recipe: Recipe, resolved: Resolved) -> Rows:
     names = list(resolved.streams)
     mixed = len(names) > 1
-    if mixed and recipe.data.mix == "alternate":
+    ratio = recipe.ranks.rank_ratio
+    if ratio is not None:
+        even = ", with batches of equal work" if recipe.ranks.balance == "work" else ""
+        yield "ranks", f"of R, the first int({ratio:g} R) on images, the others on videos{even}"
+        yield "on one rank", f"images every {1.0 / ratio:.4g} steps"
+    elif mixed and resolved.mix == "alternate":
         first, *others = names
         shares = ", ".join(f"{resolved.streams[n].share:.3g} on {_called(n)}" for n in others)
         yield "mix", f"alternate: of the steps {shares}, the rest on {_called(first)}"
@@ -239,7 +244,8 @@ def _optimizer_step(recipe: Recipe, resolved: Resolved) -> Rows:
         yield "accumulate", f"{recipe.optim.accumulate} micro-batches of each"
     kinds = [("clips", resolved.video), ("images", resolved.image)]
     unit = " and ".join(kind for kind, stream in kinds if stream)
-    mean = " on average" if mixed and recipe.data.mix == "alternate" else ""
+    mean = " on average" if mixed and resolved.mix == "alternate" else ""
+    mean = f"{mean}, on one rank" if ratio is not None else mean
     yield f"{unit} a step", f"{resolved.clips_per_step:,.6g}{mean}"
     yield f"{unit} in all", f"{resolved.clips_per_step * resolved.steps:,.0f}"
 

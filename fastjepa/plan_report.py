@@ -97,7 +97,10 @@ def as_json(plan: Plan) -> str:
 
 Rows = Iterator[tuple[str, ...]]
 _FLOPS = ("", "target", "context", "predictor", "loss", "together", "passes")
-_ROLES = ("", "ranks", "batch of a rank", "samples an update", "weight", "work of a rank", "spread")
+_ROLES = (
+    "", "ranks", "batch of a rank", "samples an update", "weight", "loss factor", "work of a rank",
+    "spread",
+)  # fmt: skip
 
 
 def _assumed(plan: Plan) -> Rows:
@@ -218,19 +221,19 @@ def _time(plan: Plan) -> Rows:
     yield row("GPU-hours", span(lambda step: f"{plan.gpu_hours(step):,.4g}"))
 
 
-def _roles(both: tuple[Roles, Roles]) -> Rows:
-    for words, roles in zip(("by ratio", "by work"), both, strict=True):
+def _roles(splits: tuple[Roles, ...]) -> Rows:
+    for words, roles in zip(("by ratio", "by work"), splits, strict=False):
         for name, role, work in (
             ("image", roles.image, roles.work[0]),
             ("video", roles.video, roles.work[1]),
         ):
-            batches = sorted(set(role.batches))
             yield (
                 f"{words}: {name}",
-                f"{len(role.batches):,}",
-                " or ".join(f"{batch:,}" for batch in batches),
-                f"{sum(role.batches):,}",
+                f"{role.ranks:,}",
+                f"{role.batch:,}",
+                f"{role.samples:,}",
                 f"{role.share:.4g}",
-                " or ".join(scaled(cost, "FLOP") for cost in sorted(set(work))),
+                f"{role.factor:.4g}",
+                scaled(work, "FLOP"),
                 f"{roles.spread:.1%}",
             )

@@ -7,7 +7,7 @@ Nothing is built. Every rank takes the recipe's batch, so the samples of an upda
 ranks. docs/planning.md has each formula.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from fastjepa.config.resolve import Resolved
@@ -17,9 +17,10 @@ from fastjepa.estimate import Estimate, Part, StreamCosts, estimate
 from fastjepa.observe.flops import TokenNumbers, block_parameters
 from fastjepa.observe.footprint import Activations
 from fastjepa.observe.states import LAYOUTS, Layout, StateBytes, state_bytes
-from fastjepa.planning.balance import Costs, Roles, by_ratio, by_work
+from fastjepa.planning.balance import Roles
 from fastjepa.planning.communication import Traffic, ring_bandwidth, step_traffic
 from fastjepa.planning.gpus import Gpu
+from fastjepa.roles import even_roles, given_roles
 from fastjepa.train.engine_deepspeed import BUCKET
 
 # The engine's: stages that reduce one bucket while the next one fills, and the blocks that stage 3
@@ -27,8 +28,6 @@ from fastjepa.train.engine_deepspeed import BUCKET
 _OVERLAPPED, _LIVE_BLOCKS = ("zero2", "zero3"), 3
 # Masks are drawn for batches of at most this size; larger ones keep hardly fewer tokens.
 _LARGEST_DRAWN = 64
-# Rounds in which the batches of balanced ranks settle.
-_ROUNDS = 4
 # Bytes that AdamW and the EMA read and write for a parameter, whatever the layout: gradient,
 # weight and moments in and out and a bf16 copy; weight in, EMA in and out, and a bf16 copy.
 _ADAMW_BYTES, _EMA_BYTES = 30, 14
@@ -123,8 +122,8 @@ class Plan:
 
     `chosen` is the layout of the recipe's engine. `flops` are the busiest rank's operations in a
     step, `recompute` those among them that checkpointing repeats; `samples` are an update's over
-    all ranks. `roles` are the reference's split into image and video ranks and the balanced one, if
-    they were asked for.
+    all ranks. `roles` are the reference's split into image and video ranks and the balanced one,
+    where the recipe has them; `flops`, memory and time are those of the one that it asks for.
     """
 
     cluster: Cluster
@@ -136,7 +135,7 @@ class Plan:
     checkpointing: bool
     chosen: Layout
     layouts: dict[Layout, LayoutPlan]
-    roles: tuple[Roles, Roles] | None
+    roles: tuple[Roles, ...] | None
 
     @property
     def hardware_share(self) -> float:
@@ -152,10 +151,8 @@ class Plan:
         return 24 * self.days(step) * self.cluster.gpus
 
 
-def make_plan(
-    recipe: Recipe, resolved: Resolved, cluster: Cluster, *, rank_ratio: float | None = None
-) -> Plan:
-    """The plan of `recipe` on `cluster`, with `rank_ratio` for ranks of images and of videos.
+def make_plan(recipe: Recipe, resolved: Resolved, cluster: Cluster) -> Plan:
+    """The plan of `recipe` on `cluster`.
 
     Raises ValueError for a utilisation that the recompute makes impossible, and for roles that a
     recipe or so many ranks cannot have.
@@ -163,16 +160,20 @@ def make_plan(
     numbers = estimate(recipe, resolved)
     costs = StreamCosts(recipe, resolved)
     accumulate = recipe.optim.accumulate
-    roles, streams = None, dict(resolved.streams)
+    roles: tuple[Roles, ...] | None = None
+    streams = dict(resolved.streams)
     works = [[(part, part.passes) for part in numbers.parts.values()]]
     samples = resolved.clips_per_step * cluster.gpus
-    if rank_ratio is not None:
-        roles = _roles(costs, resolved.streams, cluster.gpus, rank_ratio)
-        even = {"video": roles[1].video, "image": roles[1].image}
-        for name, role in even.items():
-            streams[name] = replace(streams[name], clips=max(role.batches))
+    rank_ratio = recipe.ranks.rank_ratio
+    if rank_ratio is not None and cluster.gpus > 1:
+        split = resolved.streams, cluster.gpus, rank_ratio
+        roles = _splits(recipe, costs, *split)
+        chosen = roles[-1] if recipe.ranks.balance == "work" else roles[0]
+        taken = {"video": chosen.video, "image": chosen.image}
+        for name, role in taken.items():
+            streams[name] = replace(streams[name], clips=role.batch)
         works = [[(costs.part(stream), accumulate)] for stream in streams.values()]
-        samples = accumulate * float(sum(role.samples for role in even.values()))
+        samples = accumulate * float(sum(role.samples for role in taken.values()))
     flops, recompute = max(_operations(work) for work in works)
     plan = Plan(
         cluster, numbers, flops, recompute, samples, resolved.steps, recipe.model.checkpointing,
@@ -193,6 +194,19 @@ def make_plan(
             f"{cluster.mfu / plan.hardware_share:.2f}"
         )
     return plan
+
+
+def _splits(
+    recipe: Recipe, costs: StreamCosts, streams: dict[str, Stream], ranks: int, ratio: float
+) -> tuple[Roles, ...]:
+    """The reference's split, and the even one where there is one (if asked for, there must be)."""
+    given = given_roles(costs, streams, ranks, ratio)
+    try:
+        return given, even_roles(costs, streams, ranks, ratio)
+    except ValueError:
+        if recipe.ranks.balance == "work":
+            raise
+        return (given,)
 
 
 def chosen_layout(recipe: Recipe) -> Layout:
@@ -308,39 +322,3 @@ def _largest(
             return most
         drawn //= 2
     return 0
-
-
-def _roles(
-    costs: StreamCosts, streams: dict[str, Stream], ranks: int, ratio: float
-) -> tuple[Roles, Roles]:
-    """The reference's split and the balanced one.
-
-    A batch's size changes what its masks leave a clip, so costs are taken again at the batches
-    found, until these stay.
-    """
-    if set(streams) != {"video", "image"}:
-        raise ValueError(
-            f"--rank-ratio: expected a recipe with the streams video and image, this one has "
-            f"{', '.join(streams)}"
-        )
-    image, video = streams["image"], streams["video"]
-    batches = image.clips, video.clips
-
-    def costs_at(images: int, videos: int) -> Costs:
-        one, other = (
-            costs.part(replace(stream, clips=clips)).flops.total / clips
-            for stream, clips in ((image, images), (video, videos))
-        )
-        return Costs(image=one, video=other)
-
-    def split(of: Callable[..., Roles], at: Costs) -> Roles:
-        return of(ranks, ratio, image_batch=image.clips, video_batch=video.clips, costs=at)
-
-    as_reference = split(by_ratio, costs_at(*batches))
-    for _ in range(_ROUNDS):
-        even = split(by_work, costs_at(*batches))
-        found = max(even.image.batches), max(even.video.batches)
-        if found == batches:
-            break
-        batches = found
-    return as_reference, replace(even, costs=costs_at(*batches))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.bench.memory import peak_extra
-from fastjepa.build import build_jepa, mask_maker
+from fastjepa.build import build_jepa
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
 from fastjepa.config.streams import Stream
@@ -17,6 +17,7 @@ from fastjepa.estimate import StreamCosts
 from fastjepa.masking.batch import Masks
 from fastjepa.observe.flops import TokenNumbers
 from fastjepa.observe.footprint import Activations
+from fastjepa.recipe_parts import mask_maker
 from fastjepa.train.step import Jepa, MicroBatch, forward
 
 ROOT = Path(__file__).parents[1]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastjepa.build import build_jepa, mask_maker
+from fastjepa.build import build_jepa
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
 from fastjepa.config.schema import Recipe
 from fastjepa.estimate import DRAWN_STEPS, Estimate, estimate
 from fastjepa.explain import Section, as_json, as_table, as_text, explain
+from fastjepa.recipe_parts import mask_maker
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "launch")

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastjepa.build import build_jepa, mask_maker
+from fastjepa.build import build_jepa
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
 from fastjepa.config.streams import Stream
@@ -22,6 +22,7 @@ from fastjepa.estimate import DRAWN_STEPS, StreamCosts
 from fastjepa.plan_report import as_json, as_table, as_text, tables
 from fastjepa.planner import Cluster, Plan, make_plan
 from fastjepa.planning.gpus import GPUS, gpu_named
+from fastjepa.recipe_parts import mask_maker
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -30,13 +31,14 @@ RECIPES = [CONFIGS / "demo.yaml", *sorted(CONFIGS.rglob("*-*px-*f.yaml"))]
 SMALL = ("model.attention=math", "data.crop=96", "data.frames=4", "model.depth=2",
          "model.predictor.depth=1",
          "data.image_batch=6")  # fmt: skip
+EVEN = ("ranks.rank_ratio=0.5", "ranks.balance=work")
 
 
 @cache
-def plan(file: str, *overrides: str, gpus: int = 8, rank_ratio: float | None = None) -> Plan:
+def plan(file: str, *overrides: str, gpus: int = 8) -> Plan:
     recipe = load_recipe(CONFIGS / file, overrides)
     cluster = Cluster(gpus=gpus, gpu=gpu_named("h100"))
-    return make_plan(recipe, resolve(recipe), cluster, rank_ratio=rank_ratio)
+    return make_plan(recipe, resolve(recipe), cluster)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(CONFIGS)))
@@ -217,7 +219,7 @@ def counted(stream: Stream) -> float:
 
 
 def test_balanced_ranks_do_the_same_work_as_pytorch_counts_it() -> None:
-    found = plan("demo.yaml", *SMALL, gpus=16, rank_ratio=0.5)
+    found = plan("demo.yaml", *SMALL, *EVEN, gpus=16)
     assert found.roles is not None
     released, even = found.roles
     assert released.spread > 0.5
@@ -225,14 +227,14 @@ def test_balanced_ranks_do_the_same_work_as_pytorch_counts_it() -> None:
     assert even.image.share == even.video.share == 0.5
     streams = resolve(load_recipe(CONFIGS / "demo.yaml", SMALL)).streams
     work = [
-        counted(replace(streams[name], clips=batch))
+        counted(replace(streams[name], clips=role.batch))
         for name, role in (("image", even.image), ("video", even.video))
-        for batch in {min(role.batches), max(role.batches)}
     ]
     assert max(work) / min(work) <= 1.05
-    images = even.costs.image * max(even.image.batches)
-    videos = even.costs.video * max(even.video.batches)
-    assert found.flops == pytest.approx(max(images, videos))
+    assert found.flops == pytest.approx(max(even.work))
+    as_given = plan("demo.yaml", *SMALL, "ranks.rank_ratio=0.5", gpus=16)
+    assert as_given.flops == pytest.approx(max(released.work))
+    assert as_given.roles == found.roles
 
 
 def test_planned_operations_are_those_that_pytorch_counts() -> None:
@@ -242,17 +244,27 @@ def test_planned_operations_are_those_that_pytorch_counts() -> None:
         assert flops.total - flops.loss.total == pytest.approx(counted(stream), rel=1e-6)
 
 
-def test_roles_need_images_and_videos() -> None:
-    with pytest.raises(
-        ValueError, match=r"--rank-ratio: expected .* video and image, .* has video"
-    ):
-        plan("demo.yaml", "data.image=[]", rank_ratio=0.5)
+def test_a_split_that_cannot_be_even_is_planned_as_it_is_and_refused_if_asked_for() -> None:
+    uneven = (
+        *SMALL, "data.image_batch=1", "data.batch=1", "data.crop=64", "data.frames=2",
+        "data.image_crop=96", "ranks.rank_ratio=0.5",
+    )  # fmt: skip
+    found = plan("demo.yaml", *uneven, gpus=2)
+    assert found.roles is not None
+    assert [roles.spread > 0.05 for roles in found.roles] == [True]
+    with pytest.raises(ValueError, match=r"ranks\.balance: no split of 2 ranks"):
+        plan("demo.yaml", *uneven, "ranks.balance=work", gpus=2)
+
+
+def test_roles_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"ranks\.rank_ratio: 0\.5 splits .* data\.image is empty"):
+        plan("demo.yaml", "data.image=[]", "ranks.rank_ratio=0.5")
     with pytest.raises(ValueError, match="both need one"):
-        plan("demo.yaml", gpus=1, rank_ratio=0.5)
+        plan("demo.yaml", "ranks.rank_ratio=0.2", gpus=4)
 
 
 def test_a_terminal_shows_what_a_pipe_gets_and_json_has_the_numbers() -> None:
-    found = plan("demo.yaml", *SMALL, gpus=16, rank_ratio=0.5)
+    found = plan("demo.yaml", *SMALL, *EVEN, gpus=16)
     console = Console(width=400, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(as_table(tables(found)))
     shown = console.export_text()

@@ -37,7 +37,7 @@ _FREE_KEYS = frozenset(
         "engine.timeout",
     }
 )
-_FREE_SECTIONS = ("evaluate.", "observe.")
+_FREE_SECTIONS = ("evaluate.", "observe.", "profile.")
 _ABSENT = "absent"
 
 

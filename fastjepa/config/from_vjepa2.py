@@ -138,17 +138,18 @@ def _images(official: KeyLedger) -> None:
         _masks(official, "img_mask", "image")
 
     key = "img_data.rank_ratio"
-    share = official.number(key, 0.25)
+    ratio = share = official.number(key, 0.25)
     remark = "without nodes and tasks_per_node, the exact ratio"
     if "nodes" in official.values and "tasks_per_node" in official.values:
         ranks = official.whole("nodes") * official.whole("tasks_per_node")
-        share = int(ranks * share) / ranks
+        share = int(ranks * ratio) / ranks
         remark = f"of {ranks} ranks"
     if not 0.0 < share < 1.0:
         raise official.error(
             key, f"expected a ratio that leaves images and videos a rank, {remark}"
         )
-    official.move(key, "data.image_share", share, remark)
+    official.move(key, "ranks.rank_ratio", ratio, remark)
+    official.set("data.image_share", ratio)  # the same on one rank
     video_batch = round(official.whole("data.batch_size") / (1.0 - share))
     official.move(
         "data.batch_size", "data.batch", video_batch, "the video ranks share the whole batch"

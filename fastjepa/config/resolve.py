@@ -7,6 +7,7 @@ resolved.video.grid, resolved.encoder.levels, resolved.warmup
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fastjepa.config.errors import RecipeError
 from fastjepa.config.schema import Duration, Model, Objective, Optim, Recipe, Sizes
@@ -37,8 +38,9 @@ class Resolved:
     `encoder.levels` are the supervised blocks (0-based) and `level_weights` their weights, sum 1;
     `norm_levels` are all blocks with a norm of their own, supervised or not. `teacher` is the
     frozen encoder that gives the targets of a distillation, None where the target encoder does.
-    `clips_per_step` counts clips and images, on average where steps alternate. `ramp` is (start,
-    end) or None for a constant context weight. `notes` are sentences on keys without effect.
+    `mix` is how a rank that takes every stream mixes them; `clips_per_step` counts its clips and
+    images, on average where steps alternate. `ramp` is (start, end) or None for a constant context
+    weight. `notes` are sentences on keys without effect.
     """
 
     encoder: EncoderSize
@@ -47,6 +49,7 @@ class Resolved:
     teacher: EncoderSize | None
     level_weights: tuple[float, ...]
     streams: dict[str, Stream]
+    mix: Literal["alternate", "accumulate"]
     clips_per_step: float
     steps: int
     warmup: int
@@ -93,8 +96,10 @@ def resolve(recipe: Recipe) -> Resolved:
     warmup, horizon = _learning_rate(recipe.optim, steps)
     momentum = _momentum(recipe.optim, steps)
     final_momentum = recipe.optim.ema.final_momentum
-    alternate = data.mix == "alternate"
-    clips = math.fsum(s.clips * (s.share if alternate else 1.0) for s in streams.values())
+    # With image and video ranks, one rank takes their places in turn.
+    mix = data.mix if recipe.ranks.rank_ratio is None else "alternate"
+    alternates = mix == "alternate"
+    clips = math.fsum(s.clips * (s.share if alternates else 1.0) for s in streams.values())
     resolved = Resolved(
         encoder=encoder,
         norm_levels=norm_levels,
@@ -102,6 +107,7 @@ def resolve(recipe: Recipe) -> Resolved:
         teacher=_teacher(recipe),
         level_weights=_level_weights(recipe.objective, len(encoder.levels)),
         streams=streams,
+        mix=mix,
         clips_per_step=clips * recipe.optim.accumulate,
         steps=steps,
         warmup=warmup,
@@ -243,7 +249,11 @@ def _momentum(optim: Optim, steps: int) -> float:
 
 def _notes(recipe: Recipe, resolved: Resolved) -> Iterator[str]:
     data, steps = recipe.data, resolved.steps
-    if not data.image or not data.video:
+    ratio = recipe.ranks.rank_ratio
+    if ratio is not None:
+        if data.image_share != ratio:
+            yield f"data.image_share has no effect: ranks.rank_ratio {ratio:g} gives the share"
+    elif not data.image or not data.video:
         only, other = ("images", "data.video") if data.image else ("videos", "data.image")
         yield f"only {only}: {other} is empty, so data.image_share has no effect"
     elif resolved.video is None or resolved.image is None:

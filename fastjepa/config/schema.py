@@ -350,10 +350,35 @@ class Evaluate(Section):
     count: Annotated[int, Field(ge=20)] = 128
 
 
+class RankRoles(Section):
+    """Ranks of images and ranks of videos: `rank_ratio` is the share of ranks on images alone."""
+
+    rank_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    balance: Literal["ratio", "work"] = "ratio"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RankRoles":
+        if self.balance == "work" and self.rank_ratio is None:
+            raise ValueError("balance: work needs a rank_ratio, such as 0.5")
+        return self
+
+
 class Observe(Section):
     wandb: bool = False
     wandb_project: str = "fastjepa"
     pictures: bool = True
+
+
+class Profile(Section):
+    """A Chrome trace of the steps from the first of `steps` to the second, counted from 1."""
+
+    steps: tuple[Positive, Positive] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Profile":
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"steps: expected [first, last], got {list(self.steps)}")
+        return self
 
 
 class Recipe(Section):
@@ -369,5 +394,7 @@ class Recipe(Section):
     guard: Guard = Guard()
     train: Train = Train()
     engine: Engine = Engine()
+    ranks: RankRoles = RankRoles()
     evaluate: Evaluate = Evaluate()
     observe: Observe = Observe()
+    profile: Profile = Profile()

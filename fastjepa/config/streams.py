@@ -42,7 +42,7 @@ def streams_of(recipe: Recipe) -> dict[str, Stream]:
     Raises RecipeError naming key, value and what fits for sizes, shares and masks that cannot be.
     """
     data, patch, tubelet = recipe.data, recipe.model.patch, recipe.model.tubelet
-    images = _image_share(data)
+    images = _image_share(data, recipe.ranks.rank_ratio)
     _check_sizes(data, patch, tubelet, videos=images < 1.0)
 
     def stream(
@@ -81,15 +81,33 @@ def streams_of(recipe: Recipe) -> dict[str, Stream]:
     return found
 
 
-def _image_share(data: Data) -> float:
+def _image_share(data: Data, rank_ratio: float | None) -> float:
     """Share of images in an update: as given, or 0 or 1 when only one modality has data."""
     if not data.video and not data.image:
         raise RecipeError(
             "data.video: no data: data.video and data.image are both empty; give a path to one"
         )
+    if rank_ratio is not None:
+        _check_roles(data, rank_ratio)
+        return rank_ratio
     if not data.image:
         return 0.0
     return data.image_share if data.video else 1.0
+
+
+def _check_roles(data: Data, rank_ratio: float) -> None:
+    if not (data.video and data.image):
+        empty = "data.image" if data.video else "data.video"
+        raise RecipeError(
+            f"ranks.rank_ratio: {rank_ratio:g} splits ranks into those of images and those of "
+            f"videos, but {empty} is empty; give it a path, or leave rank_ratio out"
+        )
+    if data.lengths and data.mix == "accumulate":
+        # All ranks reduce after every micro-batch: an image rank has none to match these.
+        raise RecipeError(
+            "data.mix: accumulate gives video ranks a micro-batch for each of data.lengths, which "
+            "image ranks do not have; expected alternate beside ranks.rank_ratio"
+        )
 
 
 def _share_of_lengths(data: Data) -> float:

@@ -1,4 +1,5 @@
-"""How fast a run goes: clips and tokens a second, step time, and the share spent waiting for data.
+"""How fast a run goes: clips, tokens and operations a second, step time, and the share spent
+waiting for data.
 
 Wall clock of the host only: it never waits for the device. Where steps are queued ahead of the
 device, an interval that ends in a synchronisation (as a logged step does when it reads its loss) is
@@ -16,7 +17,7 @@ class Throughput:
     with meter.waiting():
         batch = next(batches)
     ...
-    meter.step(clips=24, tokens=24 * 2048)
+    meter.step(clips=24, tokens=24 * 2048, flops=10**15)
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -41,31 +42,36 @@ class Throughput:
         finally:
             self._paused += self._clock() - started
 
-    def step(self, *, clips: int, tokens: int) -> None:
-        """Count one optimizer step of `clips` samples that hold `tokens` grid tokens in all."""
+    def step(self, *, clips: int, tokens: int, flops: int) -> None:
+        """Count one optimizer step of `clips` samples that hold `tokens` grid tokens in all and
+        cost `flops` operations of the model."""
         self._steps += 1
         self._clips += clips
         self._tokens += tokens
+        self._flops += flops
 
     def read(self) -> dict[str, float]:
         """Rates since the last read, under the keys of metrics.jsonl; starts a new interval.
 
-        `clips_per_second`, `tokens_per_second`, `step_seconds`, and `data_wait` as a share in 0..1.
+        `clips_per_second`, `tokens_per_second`, `flops_per_second`, `step_seconds`, and
+        `data_wait` as a share in 0..1.
         Empty, and the interval goes on, when no step was counted.
         """
         seconds = self._clock() - self._started - self._paused
         steps, clips, tokens, waited = self._steps, self._clips, self._tokens, self._waited
+        flops = self._flops
         if not steps or seconds <= 0.0:
             return {}
         self._reset()
         return {
             "clips_per_second": clips / seconds,
             "tokens_per_second": tokens / seconds,
+            "flops_per_second": flops / seconds,
             "step_seconds": seconds / steps,
             "data_wait": min(1.0, waited / seconds),
         }
 
     def _reset(self) -> None:
         self._started = self._clock()
-        self._steps = self._clips = self._tokens = 0
+        self._steps = self._clips = self._tokens = self._flops = 0
         self._waited = self._paused = 0.0

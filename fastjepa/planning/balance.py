@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Role:
-    """The ranks of one modality: samples of each, and the factor of each rank's mean loss.
+    """The ranks of one modality: how many, samples of each, and the factor of each one's mean loss.
 
-    With these factors the mean of all ranks' gradients weighs the modality by its `share` and each
-    of its samples alike.
+    With the factors the mean of all ranks' gradients weighs the modality by its `share`.
     """
 
     share: float
-    batches: tuple[int, ...]
-    factors: tuple[float, ...]
+    ranks: int
+    batch: int
+    factor: float
 
     @property
     def samples(self) -> int:
-        return sum(self.batches)
+        return self.ranks * self.batch
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,28 @@ class Roles:
     costs: Costs
 
     @property
-    def work(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Work of each image rank and of each video rank."""
-        return (
-            tuple(self.costs.image * batch for batch in self.image.batches),
-            tuple(self.costs.video * batch for batch in self.video.batches),
-        )
+    def work(self) -> tuple[float, float]:
+        """Work of an image rank and of a video rank."""
+        return self.costs.image * self.image.batch, self.costs.video * self.video.batch
 
     @property
     def spread(self) -> float:
         """How much more work the busiest rank has than the idlest, as a share of the latter's."""
-        images, videos = self.work
-        return max(images + videos) / min(images + videos) - 1.0
+        return max(self.work) / min(self.work) - 1.0
+
+
+def num_image_ranks(ranks: int, ratio: float) -> int:
+    """How many of the ranks the reference gives to images: int(ranks * ratio).
+
+    Raises ValueError when one of the modalities would have no rank.
+    """
+    images = int(ranks * ratio)
+    if not 0 < images < ranks:
+        raise ValueError(
+            f"ranks.rank_ratio: {ratio:g} of {ranks} ranks leaves {images} for images and "
+            f"{ranks - images} for videos; both need one"
+        )
+    return images
 
 
 def by_ratio(
@@ -63,15 +73,10 @@ def by_ratio(
 ) -> Roles:
     """The reference's split: the first int(ranks * ratio) ranks on images, all batches as given.
 
-    Raises ValueError when one of the modalities would have no rank.
+    Raises ValueError as `num_image_ranks` does.
     """
-    images = int(ranks * ratio)
-    if not 0 < images < ranks:
-        raise ValueError(
-            f"rank ratio {ratio:g} of {ranks} ranks leaves {images} for images and "
-            f"{ranks - images} for videos; both need one"
-        )
-    return _roles(images / ranks, (image_batch,) * images, (video_batch,) * (ranks - images), costs)
+    images = num_image_ranks(ranks, ratio)
+    return _roles(images / ranks, images, ranks, image_batch, video_batch, costs)
 
 
 def by_work(
@@ -91,8 +96,8 @@ def by_work(
     old = by_ratio(ranks, ratio, image_batch=image_batch, video_batch=video_batch, costs=costs)
     best: tuple[float, float, Roles] | None = None
     evenest = old
-    for image_batches, video_batches in _splits(ranks, old, costs):
-        new = _roles(old.image.share, image_batches, video_batches, costs)
+    for images, image_size, video_size in _splits(ranks, old, costs):
+        new = _roles(old.image.share, images, ranks, image_size, video_size, costs)
         evenest = min(evenest, new, key=lambda roles: roles.spread)
         change = sum(
             abs(now.samples / before.samples - 1.0)
@@ -102,45 +107,35 @@ def by_work(
             best = change, new.spread, new
     if best is None:
         raise ValueError(
-            f"no split of {ranks} ranks into image and video ranks is even to {tolerance:.0%}: "
-            f"the best is {evenest.spread:.1%}, with {len(evenest.image.batches)} image ranks; "
-            "larger batches leave more choice"
+            f"ranks.balance: no split of {ranks} ranks into image and video ranks is even to "
+            f"{tolerance:.0%}: the best is {evenest.spread:.1%}, with {evenest.image.ranks} image "
+            "ranks; larger batches leave more choice"
         )
     return best[2]
 
 
-def _splits(
-    ranks: int, old: Roles, costs: Costs
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Batches by rank: for each number of image ranks the old totals, the nearest that leave all
-    ranks of a modality the same batch, and the images that match a video rank's work."""
+def _splits(ranks: int, old: Roles, costs: Costs) -> Iterator[tuple[int, int, int]]:
+    """Image ranks and the batches of an image and of a video rank: for each number of image ranks
+    the batches nearest to the old totals, and the images that match a video rank's work."""
     for images in range(1, ranks):
-        videos = ranks - images
-        for clips in _totals(old.video.samples, videos):
-            like_video = costs.video * clips / videos / costs.image
-            for pictures in (*_totals(old.image.samples, images), images * round(like_video)):
-                if clips >= videos and pictures >= images:
-                    yield _dealt(pictures, images), _dealt(clips, videos)
+        for clips in _near(old.video.samples, ranks - images):
+            like_video = round(costs.video * clips / costs.image)
+            for pictures in (*_near(old.image.samples, images), like_video):
+                if clips and pictures:
+                    yield images, pictures, clips
 
 
-def _totals(samples: int, ranks: int) -> tuple[int, int, int]:
+def _near(samples: int, ranks: int) -> tuple[int, int]:
     each = samples // ranks
-    return samples, each * ranks, (each + 1) * ranks
-
-
-def _dealt(samples: int, ranks: int) -> tuple[int, ...]:
-    """As evenly as whole samples go."""
-    each, more = divmod(samples, ranks)
-    return (each + 1,) * more + (each,) * (ranks - more)
+    return each, each + 1
 
 
 def _roles(
-    image_share: float, image: tuple[int, ...], video: tuple[int, ...], costs: Costs
+    image_share: float, images: int, ranks: int, image_batch: int, video_batch: int, costs: Costs
 ) -> Roles:
-    ranks = len(image) + len(video)
-
-    def role(share: float, batches: tuple[int, ...]) -> Role:
-        factor = ranks * share / sum(batches)
-        return Role(share, batches, tuple(factor * batch for batch in batches))
-
-    return Roles(role(image_share, image), role(1.0 - image_share, video), costs)
+    videos, video_share = ranks - images, 1.0 - image_share
+    return Roles(
+        Role(image_share, images, image_batch, ranks * image_share / images),
+        Role(video_share, videos, video_batch, ranks * video_share / videos),
+        costs,
+    )

@@ -39,6 +39,20 @@ GPUS: dict[str, Gpu] = {
 }  # fmt: skip
 
 
+# How PyTorch names these boards. Others of a family (PCIe, NVL) have other rates.
+_BOARDS = {
+    "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}  # fmt: skip
+
+
+def board_peak(device_name: str) -> float | None:
+    """Dense bf16 operations a second of a board, by `torch.cuda.get_device_name`; None if it is
+    none of those above."""
+    known = _BOARDS.get(device_name)
+    return None if known is None else GPUS[known].bf16_flops
+
+
 def gpu_named(name: str) -> Gpu:
     """The GPU of that name in any case; ValueError that lists those known."""
     try:

@@ -3,7 +3,7 @@
 `engine_deepspeed.py` holds the engine of many.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -51,6 +51,9 @@ class Engine(Protocol):
 
     def grad_norm(self) -> Tensor:
         """0-d global norm of the step's gradients; they are clipped by it if asked for."""
+
+    def ema_distance(self) -> Tensor:
+        """0-d norm of the context encoder minus its EMA, over the EMA's norm."""
 
     def step(self, *, lr: float, weight_decay: float, momentum: float, veto: Tensor) -> None:
         """AdamW, then the EMA of the result; where `veto` is 1 neither changes anything."""
@@ -142,6 +145,9 @@ class TorchEngine:
             torch._foreach_mul_(grads, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def ema_distance(self) -> Tensor:
+        return relative_distance(squares(*self.ema_pairs))
+
     def gradients(self) -> list[Tensor]:
         """Those of all parameters that have one."""
         return [p.grad for _, p in self.named if p.grad is not None]
@@ -173,6 +179,21 @@ class TorchEngine:
                 load_strict(module, parts[name], f"{what}: {name}")
         if "optimizer" in parts:
             unpack_optimizer(self.optimizer, self.named, parts["optimizer"], f"{what}: optimizer")
+
+
+@torch.no_grad()
+def squares(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> Tensor:
+    """[2] float32: sums of squares of the differences and of the targets, one tensor at a time."""
+    total = torch.zeros(2, device=targets[0].device)
+    for target, source in zip(targets, sources, strict=True):
+        total[0] += torch.linalg.vector_norm(source - target).square()
+        total[1] += torch.linalg.vector_norm(target).square()
+    return total
+
+
+def relative_distance(squares_2: Tensor) -> Tensor:
+    """0-d norm of the differences over that of the targets, from `squares`."""
+    return (squares_2[0] / squares_2[1]).sqrt()
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float) -> None:

@@ -17,8 +17,15 @@ from torch import Tensor, nn
 
 from fastjepa.checkpoint.pieces import Shares, wait_for_copies
 from fastjepa.model.block import Block
+from fastjepa.observe.stages import stage
 from fastjepa.optim.param_groups import param_groups
-from fastjepa.train.engine import Parts, named_parameters, set_schedule
+from fastjepa.train.engine import (
+    Parts,
+    named_parameters,
+    relative_distance,
+    set_schedule,
+    squares,
+)
 from fastjepa.train.ranks import Ranks
 from fastjepa.train.zero_layout import check_version, layout_of
 from fastjepa.train.zero_shards import ZeroShards
@@ -144,10 +151,18 @@ class DeepSpeedEngine:
         assert self._whole_gradients, "the step's last micro-batch has not come"
         set_schedule(self._layout.client, lr=lr, weight_decay=weight_decay)
         vetoed = bool(veto)
-        self._layout.step(veto=vetoed)
+        with stage("optimizer"):
+            self._layout.step(veto=vetoed)
         if not vetoed:
-            self.shards.update_ema(momentum)
+            with stage("EMA"):
+                self.shards.update_ema(momentum)
         self._norms, self._whole_gradients = None, False
+
+    def ema_distance(self) -> Tensor:
+        masters, ema = self._layout.masters(), self.shards.ema
+        # Shards of the encoder's alone; their padding holds zeros in both.
+        found = squares(list(ema.values()), [masters[shard] for shard in ema]).to(self.device)
+        return relative_distance(self.ranks.mean(found))
 
     def snapshot(self) -> Shares:
         copies = self.shards.snapshot()

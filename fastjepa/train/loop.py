@@ -23,18 +23,28 @@ from fastjepa.masking.batch import Masks
 from fastjepa.objective.diagnosis import HealthWatch
 from fastjepa.observe.console import Console
 from fastjepa.observe.memory import read_memory
+from fastjepa.observe.profile import StepProfile
 from fastjepa.observe.sinks import Sinks, read_metrics
+from fastjepa.observe.stages import named
 from fastjepa.observe.throughput import Throughput
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.plan import StepPlan
 from fastjepa.train.ranks import RanksError
-from fastjepa.train.report import Probe, on_host, step_metrics, stream_losses
+from fastjepa.train.report import (
+    Probe,
+    Told,
+    on_host,
+    over_ranks,
+    step_metrics,
+    stream_losses,
+)
 from fastjepa.train.returns import DivergedError, Returns
 from fastjepa.train.saver import Saver
 from fastjepa.train.signals import StopRequest
 from fastjepa.train.state import restore, save
 from fastjepa.train.step import Jepa, MicroBatch, StepReport, train_step
+from fastjepa.train.work import Work
 
 
 class Evaluation(Protocol):
@@ -55,7 +65,8 @@ class Trainer:
     """Everything a run needs, wired by build.py; `run` goes from `step` to the plan's end.
 
     On many ranks each has its own, with loaders of its share of the samples: they stop after the
-    same step, meet the same bad files, and the first one writes.
+    same step, meet the same bad files, and the first one writes. `tokens` names every stream that
+    any rank takes, `loaders` this rank's.
     """
 
     jepa: Jepa
@@ -65,6 +76,7 @@ class Trainer:
     loaders: Mapping[str, BatchSource]
     quarantine: Quarantine
     tokens: Mapping[str, int]
+    work: Work
     folder: Path
     facts: dict[str, Any]
     console: Console
@@ -76,6 +88,7 @@ class Trainer:
     step: int = 0
     wandb_project: str | None = None
     evaluation: Evaluation | None = None
+    profile: StepProfile | None = None
     _bad: list[BadFile] = field(default_factory=list)
 
     def run(self, stop: StopRequest) -> bool:
@@ -114,8 +127,13 @@ class Trainer:
                 while self.step < self.plan.steps and not self._asked_to_stop(stop):
                     evaluated = self._is_evaluated(self.step + 1)
                     logged = (self.step + 1) % self.log_every == 0 or self.step == 0 or evaluated
+                    if self.profile is not None:
+                        self.profile.before(self.step + 1)
                     report = self._train_step(batches, meter, logged)
                     self.step += 1
+                    if self.profile is not None:
+                        with meter.paused():
+                            self._told_of(self.profile.after(self.step))
                     self._share_bad_files()
                     if logged or self.step == self.plan.steps:
                         metrics = self._metrics(report, probe, meter)
@@ -135,6 +153,8 @@ class Trainer:
                             self.save()
                         saved = self.step
             finally:
+                if self.profile is not None:
+                    self._told_of(self.profile.close())
                 self.console.close()
                 for loader in self.loaders.values():
                     loader.close()
@@ -168,17 +188,21 @@ class Trainer:
     def _train_step(
         self, batches: Mapping[str, Iterator[Batch]], meter: Throughput, norms: bool
     ) -> StepReport:
-        clips = tokens = 0
+        clips = tokens = flops = 0
 
         def micro_batches() -> Iterator[MicroBatch]:
-            nonlocal clips, tokens
+            nonlocal clips, tokens, flops
             draws = self.plan.draws(self.returns.data_step(self.step))
             for number, draw in enumerate(draws, start=1):
-                with meter.waiting():
+                with meter.waiting(), named("data wait"):
                     batch = self._noted(partial(next, batches[draw.stream]))
                 assert isinstance(batch.extras, Masks)
                 clips += len(batch.clip)
                 tokens += len(batch.clip) * self.tokens[draw.stream]
+                flops += self.work.flops(
+                    batch.extras, clips=len(batch.clip), tokens=self.tokens[draw.stream],
+                    image=draw.stream == "image",
+                )  # fmt: skip
                 device = self.engine.device
                 yield MicroBatch(
                     clip=normalise(batch.clip.to(device, non_blocking=True)),
@@ -193,8 +217,7 @@ class Trainer:
             step=self.step, lr=self.plan.lr(self.step), weight_decay=self.plan.decay(self.step),
             momentum=self.plan.momentum(self.step), norms_by_part=norms,
         )  # fmt: skip
-        ranks = self.engine.ranks.size
-        meter.step(clips=clips * ranks, tokens=tokens * ranks)
+        meter.step(clips=clips, tokens=tokens, flops=flops)
         return report
 
     def _asked_to_stop(self, stop: StopRequest) -> bool:
@@ -230,30 +253,31 @@ class Trainer:
         for path, reason in self.quarantine.add(bad):
             self.console.warn(f"skipped {path}: {reason} ({len(self.quarantine)} bad so far)")
 
+    def _told_of(self, trace: Path | None) -> None:
+        if trace is not None:
+            self.console.say(f"{trace}: Chrome trace of this rank; ui.perfetto.dev shows it")
+
     def _metrics(self, report: StepReport, probe: Probe, meter: Throughput) -> dict[str, float]:
         done = self.step - 1
         draws = self.plan.draws(self.returns.data_step(done))
         found = step_metrics(report, self.jepa.levels, [draw.share for draw in draws])
-        if len(self.loaders) > 1:
+        if len(self.tokens) > 1:
             found |= stream_losses(report, draws)
         found |= probe.metrics() | {"skipped": self.guard.skipped}
-        ranks = self.engine.ranks
-        metrics = on_host(found, ranks) | meter.read()
-        # Every rank waits for the one that waits longest for its data.
-        waits = ranks.gather(metrics.get("data_wait", 0.0))
-        memory = max(ranks.gather(read_memory(self.engine.device).main))
-        if ranks.size > 1:
-            metrics |= {"data_wait": max(waits), "slowest_rank": waits.index(max(waits))}
+        found["ema_distance"] = self.engine.ema_distance()
         total = sum(draw.share for draw in draws)
         weight = sum(d.share * self.plan.context_weight(done, d.stream) for d in draws) / total
-        return metrics | {
-            "step": self.step,
+        found |= {
             "context_weight": weight,
+            "image_share": sum(d.share for d in draws if d.stream == "image") / total,
+        }
+        memory = read_memory(self.engine.device).main
+        told = Told(total, on_host(found), meter.read(), memory, self.work.peak)
+        return over_ranks(self.engine.ranks.gather(told)) | {
+            "step": self.step,
             "lr": self.plan.lr(done),
             "weight_decay": self.plan.decay(done),
             "ema_momentum": self.plan.momentum(done),
-            "image_share": sum(d.share for d in draws if d.stream == "image") / total,
-            "memory_gib": memory,
             **self.returns.metrics(),
         }
 

@@ -26,7 +26,8 @@ class Draw:
 class StepPlan:
     """The run as a function of the step, counted from 0.
 
-    `shares` are the streams' weights in an update (`video`, `video_64f`, `image`, ...), sum 1.
+    `shares` are the streams' weights in an update (`video`, `video_64f`, `image`, ...), sum 1;
+    `weight` scales all of them: that of this rank's loss in the mean over the ranks.
     `mix` accumulate: every step holds `accumulate` micro-batches of each stream, weighed by its
     share. `mix` alternate: a step is all of one stream, images every 1 / share steps and so on;
     the same on average (docs/method.md section 6). `context_weights` are lambda's full values.
@@ -48,15 +49,16 @@ class StepPlan:
     final_decay: float | None
     start_momentum: float
     final_momentum: float
+    weight: float = 1.0
 
     def draws(self, step: int) -> list[Draw]:
-        """The micro-batches of a step, in order; their shares add up to 1."""
+        """The micro-batches of a step, in order; their shares add up to `weight`."""
         shares = self.shares
         if self.mix == "alternate":
             before, after = self._taken(step), self._taken(step + 1)
             shares = {name: 1.0 for name in shares if after[name] > before[name]}
         return [
-            Draw(stream, share / self.accumulate)
+            Draw(stream, self.weight * share / self.accumulate)
             for stream, share in shares.items()
             for _ in range(self.accumulate)
         ]

@@ -2,6 +2,7 @@
 share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +10,6 @@ from torch import Tensor
 from fastjepa.objective.health import effective_rank, feature_norm, feature_std, target_drift
 from fastjepa.train.engine import Engine
 from fastjepa.train.plan import Draw
-from fastjepa.train.ranks import Ranks
 from fastjepa.train.step import Jepa, StepReport
 
 
@@ -83,10 +83,49 @@ class Probe:
         return features, targets
 
 
-def on_host(metrics: Mapping[str, Tensor | float], ranks: Ranks) -> dict[str, float]:
-    """All values as floats, tensors as the ranks' means, waiting for the device once."""
+@dataclass(frozen=True)
+class Told:
+    """What a rank tells of a logged step: `metrics` are means over the ranks by its loss's
+    `weight`, `rates` those of its meter, `memory` its high-water mark in GiB, `peak` its device's
+    operations a second."""
+
+    weight: float
+    metrics: Mapping[str, float]
+    rates: Mapping[str, float]
+    memory: float
+    peak: float | None
+
+
+def over_ranks(told: Sequence[Told]) -> dict[str, float]:
+    """One row of metrics: a metric is the mean over the ranks that have it (image ranks have no
+    loss of videos), rates are sums, and of waits and memory the largest counts."""
+    found: dict[str, float] = {}
+    for name in {name: None for one in told for name in one.metrics}:
+        have = [(one.weight, one.metrics[name]) for one in told if name in one.metrics]
+        found[name] = sum(w * value for w, value in have) / sum(w for w, _ in have)
+    rates = [one.rates for one in told]
+    if all(rates):
+        found |= {
+            name: sum(rate[name] for rate in rates)
+            for name in ("clips_per_second", "tokens_per_second", "flops_per_second")
+        }
+        # Every rank waits for the one that waits longest for its data.
+        waits, flops = (
+            [rate[name] for rate in rates] for name in ("data_wait", "flops_per_second")
+        )
+        found |= {"step_seconds": max(r["step_seconds"] for r in rates), "data_wait": max(waits)}
+        peaks = [one.peak for one in told if one.peak is not None]
+        if len(peaks) == len(told):
+            found["mfu"] = found["flops_per_second"] / sum(peaks)
+        if len(told) > 1:
+            found["slowest_rank"] = waits.index(max(waits))
+            found["work_spread"] = max(flops) / min(flops) - 1.0
+    return found | {"memory_gib": max(one.memory for one in told)}
+
+
+def on_host(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """All values as floats, waiting for the device once."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     stacked = torch.stack([t.detach().double() for t in tensors.values()])
-    values = ranks.mean(stacked).tolist()
     plain = {name: float(v) for name, v in metrics.items() if not isinstance(v, Tensor)}
-    return plain | dict(zip(tensors, values, strict=True))
+    return plain | dict(zip(tensors, stacked.tolist(), strict=True))

@@ -88,12 +88,12 @@ def open_together(path: Path, ranks: Ranks, parts: Collection[str] | None = None
     return checkpoint
 
 
-def check_samples(checkpoint: Checkpoint, samples_per_step: Mapping[str, int]) -> None:
+def check_samples(checkpoint: Checkpoint, samples_per_step: Mapping[str, float]) -> None:
     """Raise CheckpointError where a step takes other numbers of samples than the run's steps did.
 
     The place in the data is steps x samples a step: it would jump back or ahead.
     """
-    before: Mapping[str, int] = checkpoint.state["samples_per_step"]
+    before: Mapping[str, float] = checkpoint.state["samples_per_step"]
     for stream, now in samples_per_step.items():
         if now != before.get(stream):
             raise CheckpointError(

@@ -89,7 +89,8 @@ def test_a_half_life_alone_replaces_the_default_momentum(write):
 
 
 NAMES = (
-    "run, model, data, masks, objective, distill, optim, guard, train, engine, evaluate, observe"
+    "run, model, data, masks, objective, distill, optim, guard, train, engine, ranks, evaluate, "
+    "observe, profile"
 )
 
 

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 KNOW_THE_RECIPE = {
     "fastjepa.config", "fastjepa.build", "fastjepa.cli", "fastjepa.explain", "fastjepa.estimate",
     "fastjepa.planner",
-    "fastjepa.cli_plan", "fastjepa.bench_step",
+    "fastjepa.cli_plan", "fastjepa.bench_step", "fastjepa.recipe_parts", "fastjepa.roles",
 }  # fmt: skip
 
 # Optional or heavy: in one place, and only when called.
