@@ -119,7 +119,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         jepa=jepa,
         engine=engine,
         guard=guard,
-        plan=_plan(recipe, resolved, share),
+        plan=plan_of(recipe, resolved, share),
         loaders=loaders,
         quarantine=quarantine,
         tokens={name: stream.tokens for name, stream in resolved.streams.items()},
@@ -175,6 +175,7 @@ def build_engine(recipe: Recipe, jepa: Jepa, device: torch.device, ranks: Ranks 
         communication_dtype=None if travels is None else DTYPES[travels],
         offload=own.offload,
         adamw=own.adamw,
+        roles=recipe.ranks.rank_ratio is not None,
     )
 
 
@@ -380,7 +381,8 @@ def _claim(recipe: Recipe, resolved: Resolved, console: Console) -> None:
     write_text(recipe.run.folder / "resolved.json", text)
 
 
-def _plan(recipe: Recipe, resolved: Resolved, share: RankShare) -> StepPlan:
+def plan_of(recipe: Recipe, resolved: Resolved, share: RankShare) -> StepPlan:
+    """A rank's steps as functions of their number."""
     optim = recipe.optim
     return StepPlan(
         steps=resolved.steps,

@@ -59,7 +59,9 @@ def train(
     sharded = own.kind == "deepspeed"
     with (
         stop_on_signals() as stop,
-        join(device_of(own.device), timeout=own.timeout, alone=sharded) as ranks,
+        join(
+            device_of(own.device), timeout=own.timeout, silence=own.heartbeat, alone=sharded
+        ) as ranks,
         open(os.devnull, "w") as nowhere,
     ):
         console = Console(None if ranks.first else nowhere)

@@ -35,6 +35,7 @@ _FREE_KEYS = frozenset(
         "engine.zero_stage",
         "engine.offload",
         "engine.timeout",
+        "engine.heartbeat",
     }
 )
 _FREE_SECTIONS = ("evaluate.", "observe.", "profile.")

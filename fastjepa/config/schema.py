@@ -310,7 +310,8 @@ class Train(Section):
 class Engine(Section):
     """`torch` is one process, `deepspeed` one or many ranks; the keys from `zero_stage` on are its.
 
-    `timeout` in seconds is how long ranks wait for one another.
+    `timeout` in seconds is how long ranks wait for one another, `heartbeat` how long for a sign
+    of life.
     """
 
     kind: Literal["torch", "deepspeed"] = "torch"
@@ -326,6 +327,7 @@ class Engine(Section):
     offload: bool = False
     adamw: Literal["torch", "deepspeed", "apex"] = "torch"
     timeout: Positive = 600
+    heartbeat: Annotated[int, Field(ge=5)] = 30
 
     @model_validator(mode="after")
     def _fits(self) -> "Engine":

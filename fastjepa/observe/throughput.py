@@ -53,8 +53,8 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """Rates since the last read, under the keys of metrics.jsonl; starts a new interval.
 
-        `clips_per_second`, `tokens_per_second`, `flops_per_second`, `step_seconds`, and
-        `data_wait` as a share in 0..1.
+        `clips_per_second`, `tokens_per_second`, `flops_per_second`, `step_seconds`, `step_flops`,
+        and `data_wait` as a share in 0..1.
         Empty, and the interval goes on, when no step was counted.
         """
         seconds = self._clock() - self._started - self._paused
@@ -68,6 +68,7 @@ class Throughput:
             "tokens_per_second": tokens / seconds,
             "flops_per_second": flops / seconds,
             "step_seconds": seconds / steps,
+            "step_flops": flops / steps,
             "data_wait": min(1.0, waited / seconds),
         }
 

@@ -61,9 +61,11 @@ class DeepSpeedEngine:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         clip: float | None = None,
+        roles: bool = False,
     ) -> None:
         """`communication_dtype`: what gradients are reduced in, `dtype` if None. `offload`:
-        masters, moments and EMA in the host's memory. `adamw`: whose implementation.
+        masters, moments and EMA in the host's memory. `adamw`: whose implementation. `roles`:
+        some ranks take images and others videos.
 
         All ranks must call it, joined (`ranks.join` with `alone`). Raises ValueError for a
         DeepSpeed that is missing or of another version, an AdamW that cannot be imported, and
@@ -101,7 +103,9 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         if stage == 3:
-            for parameter in self._loose:
+            # All of them are gathered ahead of the forward. Of the target's, ranks of images and
+            # of videos would gather tokenizers of their own, and meet in different gathers.
+            for parameter in (*self._loose, *(_outside_blocks(target) if roles else ())):
                 deepspeed.zero.register_external_parameter(networks, parameter)
         self._layout = layout_of(self._engine, stage, {p: name for name, p in named})
         targets = {f"encoder.{name}": p for name, p in target.named_parameters()}

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from fastjepa.train.heartbeat import heartbeat
+
 T = TypeVar("T")
 
 
@@ -99,12 +101,15 @@ ALONE = Ranks()
 
 
 @contextmanager
-def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterator[Ranks]:
+def join(
+    device: torch.device, *, timeout: float, silence: float = 30.0, alone: bool = False
+) -> Iterator[Ranks]:
     """The ranks that the launcher started, joined; they part at the end of the block.
 
-    `timeout` in seconds is how long a rank waits for another, at the start and in a step. With
-    `alone` a process group is made for one rank too (DeepSpeed wants one). Raises LostRankError
-    when the ranks do not meet in time or one goes away, ValueError for an environment that is none.
+    `timeout` in seconds is how long a rank waits for another, at the start and in a step; a rank
+    of which nothing at all is heard for `silence` seconds ends the others at once. With `alone` a
+    process group is made for one rank too (DeepSpeed wants one). Raises LostRankError when
+    the ranks do not meet in time or one goes away, ValueError for an environment that is none.
     """
     size = _number("WORLD_SIZE", 1)
     ranks = Ranks(_number("RANK", 0), size)
@@ -128,8 +133,10 @@ def join(device: torch.device, *, timeout: float, alone: bool = False) -> Iterat
             f"ranks: {size} ranks did not meet at {where} within {timeout:g} s (engine.timeout): "
             f"{_first_line(error)}"
         ) from error
+    store = dist.distributed_c10d._get_default_store()
     try:
-        yield ranks
+        with heartbeat(store, rank=ranks.rank, size=size, silence=silence):
+            yield ranks
     except RuntimeError as error:
         if size == 1 or not any(word in str(error) for word in _GONE):
             raise

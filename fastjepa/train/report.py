@@ -110,9 +110,7 @@ def over_ranks(told: Sequence[Told]) -> dict[str, float]:
             for name in ("clips_per_second", "tokens_per_second", "flops_per_second")
         }
         # Every rank waits for the one that waits longest for its data.
-        waits, flops = (
-            [rate[name] for rate in rates] for name in ("data_wait", "flops_per_second")
-        )
+        waits, flops = ([rate[name] for rate in rates] for name in ("data_wait", "step_flops"))
         found |= {"step_seconds": max(r["step_seconds"] for r in rates), "data_wait": max(waits)}
         peaks = [one.peak for one in told if one.peak is not None]
         if len(peaks) == len(told):

@@ -27,6 +27,7 @@ def test_rates_of_an_interval() -> None:
         "tokens_per_second": 10.0,
         "flops_per_second": 10.0,
         "step_seconds": 4.0,
+        "step_flops": 40.0,
         "data_wait": 0.25,
     }
 

@@ -1,0 +1,111 @@
+"""Ranks that fall silent: a node cut off or frozen ends the others, which would wait for it.
+
+    with heartbeat(store, rank=0, size=8, silence=30): ...
+
+A rank whose process ends closes its connections, and the others hear of that at once. From a
+machine that is gone nothing comes at all, and they would wait for engine.timeout. So every rank
+counts up a number in the rendezvous' store, and looks at the others'. Seconds are counted in naps:
+where the whole machine pauses, all ranks' clocks stand still.
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+# Seconds between beats, and the word of a rank that has left in peace.
+BEAT = 2.0
+_LEFT = b"left"
+
+
+class _Watch:
+    """What has been heard of each rank, and for how many seconds nothing has."""
+
+    def __init__(self, size: int) -> None:
+        self.silent = [0.0] * size
+        self.store_silent = 0.0
+        self._last: list[bytes] = [b""] * size
+
+    def hear(self, told: Sequence[bytes]) -> None:
+        """Take over what the store has."""
+        for rank, (before, now) in enumerate(zip(self._last, told, strict=True)):
+            if now != before or now == _LEFT:
+                self.silent[rank] = 0.0
+        self._last = list(told)
+        self.store_silent = 0.0
+
+    def nap(self, seconds: float) -> None:
+        """Count time in which nothing was heard."""
+        self.silent = [silent + seconds for silent in self.silent]
+        self.store_silent += seconds
+
+
+@contextmanager
+def heartbeat(store: Any, *, rank: int, size: int, silence: float) -> Iterator[None]:
+    """End this process with a line and exit code 2 once another rank, or the store, has been silent
+    for `silence` seconds. Does nothing where there is one rank.
+
+    `store` is a torch.distributed store that all ranks share. Nobody counts until all have begun.
+    """
+    if size == 1:
+        yield
+        return
+    own, watch, over = store.clone(), _Watch(size), threading.Event()
+    keys = [f"heartbeat/{other}" for other in range(size)]
+    own.set(keys[rank], "0")
+    own.wait(keys)
+
+    def beat() -> None:
+        number = 0
+        while not over.is_set():
+            number += 1
+            try:
+                own.set(keys[rank], str(number))
+                watch.hear(own.multi_get(keys))
+            except RuntimeError:
+                return  # the store is gone: the other thread counts its silence
+            over.wait(BEAT)
+
+    def listen() -> None:
+        while not over.wait(BEAT):
+            watch.nap(BEAT)
+            silent = [other for other, since in enumerate(watch.silent) if since > silence]
+            gone = watch.store_silent > silence
+            if gone or silent:
+                _end(rank, size, None if gone else silent, silence)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (beat, listen)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    except BaseException:
+        # The others learn of it from their connections, or from this rank's silence.
+        over.set()
+        raise
+    over.set()
+    threads[0].join(timeout=silence)
+    with suppress(RuntimeError):  # the store may have left with the rank that holds it
+        own.set(keys[rank], _LEFT)
+
+
+def _end(rank: int, size: int, silent: Sequence[int] | None, silence: float) -> None:
+    """The main thread waits inside a collective for what will not come, so it cannot be asked.
+
+    `silent` None: nothing is known of any rank, as the store does not answer.
+    """
+    if silent is None:
+        who, speaks = "the node of the rendezvous", os.environ.get("LOCAL_RANK", "0") == "0"
+    else:
+        who = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        speaks = rank == min(set(range(size)) - set(silent))
+    if speaks:
+        where = f"rank {rank}: " if rank else ""
+        print(
+            f"{where}error: ranks: nothing was heard of {who} for {silence:g} s "
+            "(engine.heartbeat); the last checkpoint stands, and the same command goes on from it",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    os._exit(2)
