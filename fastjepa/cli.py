@@ -42,6 +42,7 @@ def train(
     from fastjepa.build import build, device_of
     from fastjepa.config.load import load_recipe
     from fastjepa.observe.console import Console
+    from fastjepa.out_of_memory import remedies_told
     from fastjepa.train.ranks import join
     from fastjepa.train.signals import stop_on_signals
 
@@ -57,12 +58,12 @@ def train(
             )
         raise typer.Exit(launch(["train", str(recipe), *(overrides or [])], ranks=nproc))
     sharded = own.kind == "deepspeed"
+    device = device_of(own.device)
     with (
         stop_on_signals() as stop,
-        join(
-            device_of(own.device), timeout=own.timeout, silence=own.heartbeat, alone=sharded
-        ) as ranks,
+        join(device, timeout=own.timeout, silence=own.heartbeat, alone=sharded) as ranks,
         open(os.devnull, "w") as nowhere,
+        remedies_told(chosen, ranks=ranks.size, device=device),
     ):
         console = Console(None if ranks.first else nowhere)
         trainer = build(chosen, console, ranks)

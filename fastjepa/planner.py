@@ -14,18 +14,15 @@ from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
 from fastjepa.estimate import Estimate, Part, StreamCosts, estimate
-from fastjepa.observe.flops import TokenNumbers, block_parameters
+from fastjepa.observe.flops import TokenNumbers
 from fastjepa.observe.footprint import Activations
-from fastjepa.observe.states import LAYOUTS, Layout, StateBytes, state_bytes
+from fastjepa.observe.states import LAYOUTS, Layout, StateBytes
 from fastjepa.planning.balance import Roles
 from fastjepa.planning.communication import Traffic, ring_bandwidth, step_traffic
 from fastjepa.planning.gpus import Gpu
+from fastjepa.rank_memory import chosen_layout, held_between_passes, largest_activations
 from fastjepa.roles import even_roles, given_roles
-from fastjepa.train.engine_deepspeed import BUCKET
 
-# The engine's: stages that reduce one bucket while the next one fills, and the blocks that stage 3
-# has whole at one time.
-_OVERLAPPED, _LIVE_BLOCKS = ("zero2", "zero3"), 3
 # Masks are drawn for batches of at most this size; larger ones keep hardly fewer tokens.
 _LARGEST_DRAWN = 64
 # Bytes that AdamW and the EMA read and write for a parameter, whatever the layout: gradient,
@@ -209,13 +206,6 @@ def _splits(
         return (given,)
 
 
-def chosen_layout(recipe: Recipe) -> Layout:
-    """The layout that the recipe's engine has."""
-    if recipe.engine.kind == "torch":
-        return "torch"
-    return LAYOUTS[1 + recipe.engine.zero_stage]
-
-
 def _operations(work: Sequence[tuple[Part, float]]) -> tuple[float, float]:
     """Operations of a rank's step, and those among them that are recomputed."""
     parts = [(part.flops, passes) for part, passes in work]
@@ -237,35 +227,10 @@ def _layout(
     engine = costs.recipe.engine
     ranks, sizes = cluster.gpus, (costs.encoder_parameters, costs.predictor_parameters)
     trained = sum(sizes)
-    states = state_bytes(
-        *sizes,
-        layout=layout,
-        ranks=ranks,
-        value_bytes=costs.value_bytes,
-        offload=engine.offload,
-        teacher=costs.teacher_parameters,
-    )
-    gathered = 0
-    if layout != "torch" and ranks > 1:
-        buckets = 2 if layout in _OVERLAPPED else 1
-        gathered = buckets * costs.value_bytes * min(BUCKET, trained)
-    if layout == "zero3":
-        block = block_parameters(costs.encoder.width, costs.encoder.mlp_width)
-        gathered += _LIVE_BLOCKS * costs.value_bytes * block
+    states, gathered = held_between_passes(costs, layout, ranks)
     room = int(cluster.usable) - states.total - gathered
     plain, checkpointed = (
-        max(
-            (
-                costs.activations(
-                    stream,
-                    costs.tokens(stream),
-                    checkpointing=checkpointing,
-                    layout=layout,
-                )
-                for stream in streams.values()
-            ),
-            key=lambda held: held.total,
-        )
+        largest_activations(costs, streams.values(), layout, checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
     traffic = step_traffic(

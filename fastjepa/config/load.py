@@ -45,6 +45,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return validated(_interpolated(tree, source), source)
 
 
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` overrides; raises RecipeError as `load_recipe` does."""
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        _put(tree, *_parsed(override))
+    return validated(tree, lambda _: "override")
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of every key of `recipe`; `load_recipe` gives an equal recipe back."""
     tree = _literal(recipe.model_dump(mode="json"))
