@@ -23,8 +23,11 @@ from fastjepa.observe.memory import MemoryLimit, memory_limit
 from fastjepa.observe.quantities import binary_size
 from fastjepa.rank_memory import bytes_of_rank
 
-# What PyTorch's allocators on the host say, in errors that have no type of their own.
-_RAN_OUT = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+# What PyTorch's allocator on the host and oneDNN say, in errors that have no type of their own.
+_RAN_OUT = (
+    "can't allocate memory", "not enough memory", "out of memory", "bad_alloc",
+    "could not create a primitive", "could not create a memory",
+)  # fmt: skip
 # The run's own plan did not fit, whatever the limit says: a remedy takes this share of it at most.
 _LESS = 0.8
 # Share of a limit that may be planned for: the rest is workspace, libraries and gaps.
@@ -52,7 +55,10 @@ def remedies_told(recipe: Recipe, *, ranks: int, device: torch.device) -> Iterat
         traceback.clear_frames(error.__traceback__)
         gc.collect()
         told = remedies(recipe, ranks=ranks, limit=limit, on_host=device.type == "cpu")
-        raise RanOutOfMemoryError(f"out of memory: {told}{snapshot}") from None
+        first, _, _ = str(error).strip().partition("\n")
+        raise RanOutOfMemoryError(
+            f"out of memory: {told}{snapshot} ({first or 'MemoryError'})"
+        ) from None
 
 
 def _ran_out(error: RuntimeError | MemoryError) -> bool:

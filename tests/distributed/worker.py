@@ -54,6 +54,8 @@ def against_one_process(
     wanted_losses, wanted_norms, _ = train(single, one, steps=range(steps), **task)
     wanted = state(one)
     return {
+        "losses": losses,
+        "losses_of_one_process": wanted_losses,
         "loss_error": error(losses, wanted_losses),
         "norm_error": error(norms, wanted_norms),
         "weight_error": max(
