@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastjepa.checkpoint.pieces import Shares, wait_for_copies
 from fastjepa.model.block import Block
+from fastjepa.model.tokenizer import Tokenizer
 from fastjepa.observe.stages import stage
 from fastjepa.optim.param_groups import param_groups
 from fastjepa.train.engine import (
@@ -103,10 +104,11 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         if stage == 3:
-            # All of them are gathered ahead of the forward. Of the target's, ranks of images and
-            # of videos would gather tokenizers of their own, and meet in different gathers.
+            # They are gathered ahead of the forward, on all ranks alike.
             for parameter in (*self._loose, *(_outside_blocks(target) if roles else ())):
                 deepspeed.zero.register_external_parameter(networks, parameter)
+            if roles:
+                _call_unseen([m for m in networks.modules() if isinstance(m, Tokenizer)])
         self._layout = layout_of(self._engine, stage, {p: name for name, p in named})
         targets = {f"encoder.{name}": p for name, p in target.named_parameters()}
         self.shards = ZeroShards(self._layout, shapes, targets)
@@ -223,6 +225,17 @@ def _pieces(groups: list[dict[str, Any]], total: int) -> Iterator[dict[str, Any]
                 piece = []
             piece.append(parameter)
         yield {**group, "params": piece}
+
+
+def _call_unseen(modules: list[nn.Module]) -> None:
+    """Take stage 3's hooks off these modules, whose parameters are gathered already.
+
+    It records the modules that a rank calls, and wants all ranks to call the same ones. Ranks of
+    images and of videos have tokenizers of their own.
+    """
+    for module in modules:
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
 
 
 def _outside_blocks(*networks: nn.Module) -> list[nn.Parameter]:

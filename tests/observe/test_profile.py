@@ -1,4 +1,4 @@
-"""Traces of chosen steps: which steps, which file, which phases."""
+"""Traces of chosen steps: which steps, which file, which stages."""
 
 import gzip
 import json
@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastjepa.observe.profile import StepProfile, phase
+from fastjepa.observe.profile import StepProfile
+from fastjepa.observe.stages import stage
 
 CPU = torch.device("cpu")
 
 
 def names(path: Path) -> list[str]:
-    """What a trace says of our phases, in order of time."""
+    """What a trace says of our stages, in order of time."""
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     ours = [e for e in events if e.get("ph") == "X" and e["name"].startswith("fastjepa: ")]
     return [e["name"].removeprefix("fastjepa: ") for e in sorted(ours, key=lambda e: e["ts"])]
@@ -24,7 +25,7 @@ def take(profile: StepProfile, steps: range) -> list[Path]:
     found = []
     for step in steps:
         profile.before(step)
-        with phase("target" if step % 2 else "loss"):
+        with stage("target" if step % 2 else "loss"):
             torch.ones(4).sum()
         found.append(profile.after(step))
     return [path for path in found if path is not None]

@@ -1,4 +1,4 @@
-"""`profile.steps` in a run: a trace of these steps with every phase of them."""
+"""`profile.steps` in a run: a trace of these steps with every stage of them."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from .conftest import run
 
 
-def test_a_run_writes_a_trace_with_every_phase(
+def test_a_run_writes_a_trace_with_every_stage(
     write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     code, out = run(write_recipe(), "train.steps=6", "profile.steps=[2,3]")
