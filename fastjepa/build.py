@@ -36,7 +36,7 @@ from fastjepa.model.block import compile_blocks
 from fastjepa.model.float8 import target_linear
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.observe.console import Console
-from fastjepa.observe.matrix_rate import matrix_rate
+from fastjepa.observe.product_rate import product_rate
 from fastjepa.observe.profile import StepProfile
 from fastjepa.planning.gpus import board_peak
 from fastjepa.presets import EncoderSize
@@ -204,7 +204,7 @@ def _profile(recipe: Recipe, device: torch.device, ranks: Ranks) -> StepProfile 
 def _peak(device: torch.device, dtype: torch.dtype) -> float | None:
     """What the run's utilisation is a share of: a GPU's data sheet in bf16, a CPU's rate now."""
     if device.type == "cpu":
-        return matrix_rate(dtype)
+        return product_rate(dtype)
     return board_peak(torch.cuda.get_device_name(device)) if dtype == torch.bfloat16 else None
 
 

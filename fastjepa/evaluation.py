@@ -158,7 +158,7 @@ class OnlineEvaluation:
     def __call__(self, trainer: Trainer) -> tuple[dict[str, float], Image.Image]:
         """The probe's metrics and the picture, which is also `pictures/step-N.png` in the run."""
         engine, target = trainer.engine, trainer.jepa.target
-        self._shown = self._shown or [trainer.probe_clip(stream) for stream in trainer.loaders]
+        self._shown = self._shown or trainer.probe_clips()
         picture, _ = feature_sheet(trainer, self._shown)
         if engine.ranks.first:
             folder = trainer.folder / "pictures"

@@ -19,8 +19,7 @@ def draw(trainer: Trainer) -> list[tuple[Path, str]]:
 
     All ranks call it, the first one writes.
     """
-    clips = [trainer.probe_clip(stream) for stream in trainer.loaders]
-    features, spread = feature_sheet(trainer, clips)
+    features, spread = feature_sheet(trainer, trainer.probe_clips())
     if not trainer.engine.ranks.first:
         return []
     features_png, loss_png = trainer.folder / "features.png", trainer.folder / "loss.png"

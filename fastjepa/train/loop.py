@@ -185,6 +185,17 @@ class Trainer:
         """The fixed clip that health and pictures are taken on: uint8 [1, 3, T, H, W]."""
         return self._noted(self.loaders[stream].first_clip).clip.to(self.engine.device)
 
+    def probe_clips(self) -> list[torch.Tensor]:
+        """That of each stream which any rank takes, the same on all ranks, which all call it."""
+        ranks = self.engine.ranks
+        # Where ranks take other streams, the first and the last have all of them between them.
+        tells = ranks.rank in (0, ranks.size - 1)
+        own = {name: self.probe_clip(name).cpu() for name in self.loaders if tells}
+        found: dict[str, torch.Tensor] = {}
+        for told in ranks.gather(own):
+            found = told | found
+        return [found[name].to(self.engine.device) for name in self.tokens]
+
     def _train_step(
         self, batches: Mapping[str, Iterator[Batch]], meter: Throughput, norms: bool
     ) -> StepReport:

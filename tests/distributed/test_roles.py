@@ -51,7 +51,11 @@ def mixture(chosen: Recipe, ranks: int) -> tuple[list[float], list[float], Torch
     datasets = datasets_of(chosen, resolved)
     loaders = [loaders_of(chosen, share, datasets, CPU) for share in parts]
     batches = [
-        {name: loader.batches(0, resolved.steps) for name, loader in own.items()} for own in loaders
+        {
+            name: loader.batches(0, plan.position(resolved.steps, name))
+            for name, loader in own.items()
+        }
+        for own, plan in zip(loaders, plans, strict=True)
     ]
     losses, norms = [], []
     for step in range(resolved.steps):
@@ -100,6 +104,8 @@ def test_ranks_take_the_gradient_of_the_mixture(
             for name, tensor in tensors.items():
                 torch.testing.assert_close(weights[name], tensor, rtol=0, atol=TOLERANCE)
     row = found[-1]
+    # Weights differ by TOLERANCE, and the distance is of their small differences.
+    assert row["ema_distance"] == pytest.approx(float(engine.ema_distance()), rel=1e-2)
     assert row["image_share"] == pytest.approx(0.5)
     assert row["context_weight"] == pytest.approx(0.4)
     assert row["loss"] == pytest.approx((row["loss/image"] + row["loss/video"]) / 2, rel=TOLERANCE)
@@ -107,3 +113,45 @@ def test_ranks_take_the_gradient_of_the_mixture(
     if "ranks.balance=work" in overrides:
         spreads = [row["work_spread"] for row in found]
         assert sum(spreads) / len(spreads) < 0.05
+
+
+def test_ranks_between_them_read_what_one_would(tmp_path: Path) -> None:
+    """A modality's batches, rank by rank, are the stretches of one sequence of samples."""
+    chosen = load_recipe(recipe(tmp_path / "run"), [*RATIO])
+    datasets = datasets_of(chosen, resolve(chosen))
+
+    def read(ranks: int, batches: int) -> dict[str, torch.Tensor]:
+        found: dict[str, list[torch.Tensor]] = {"video": [], "image": []}
+        for share in shares(chosen, ranks):
+            for name, loader in loaders_of(chosen, share, datasets, CPU).items():
+                found[name] += [batch.clip for batch in loader.batches(0, batches)]
+        # By rank and step, to by step and rank.
+        order = {
+            name: [clips[rank * batches + step] for step in range(batches) for rank in range(
+                len(clips) // batches)]
+            for name, clips in found.items()
+        }  # fmt: skip
+        return {name: torch.cat(clips) for name, clips in order.items()}
+
+    two, four, one = read(2, batches=2), read(4, batches=1), read(1, batches=2)
+    for name, clips in one.items():
+        assert torch.equal(two[name], clips)
+        assert torch.equal(four[name], clips)
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_another_number_of_ranks_goes_on_at_the_place_of_each_modality(
+    tmp_path: Path, steps: int
+) -> None:
+    path = recipe(tmp_path / "run")
+
+    def samples(ranks: int) -> dict[str, int]:
+        chosen = load_recipe(path, [*RATIO, f"optim.accumulate={4 // ranks}"])
+        resolved = resolve(chosen)
+        return {
+            name: plan_of(chosen, resolved, share).position(steps, name) * share.ranks * one.clips
+            for share in shares(chosen, ranks)
+            for name, one in share.streams.items()
+        }
+
+    assert samples(4) == samples(2) == samples(1)

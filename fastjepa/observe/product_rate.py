@@ -1,5 +1,6 @@
-"""How fast this processor multiplies matrices: what model FLOPs utilisation on a CPU is a share
-of."""
+"""How fast this processor multiplies matrices, found in a moment at a run's start: what model FLOPs
+utilisation on a CPU is a share of. `fastjepa bench step` takes its time for the same question.
+"""
 
 import time
 
@@ -8,7 +9,7 @@ import torch
 _SIDES, _SECONDS = (128, 256, 512, 768), 0.1
 
 
-def matrix_rate(dtype: torch.dtype) -> float:
+def product_rate(dtype: torch.dtype) -> float:
     """Operations a second of square products in `dtype` with PyTorch's threads: the best of about a
     tenth of a second, in which a processor that is slow in `dtype` comes to smaller ones only."""
     best, until = 0.0, time.perf_counter() + _SECONDS
