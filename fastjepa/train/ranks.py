@@ -18,6 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastjepa.train.heartbeat import heartbeat
+from fastjepa.train.rendezvous import own_store
 
 T = TypeVar("T")
 
@@ -124,11 +125,11 @@ def join(
         backend = "cpu:gloo,cuda:nccl"
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        own = own_store(ranks.rank, size, timeout=timeout) if size > 1 else dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(
-            backend, rank=ranks.rank, world_size=size, timeout=timedelta(seconds=timeout),
-            store=dist.HashStore() if size == 1 else None,  # type: ignore[attr-defined]
-        )  # fmt: skip
-    except (dist.DistError, ValueError) as error:
+            backend, rank=ranks.rank, world_size=size, timeout=timedelta(seconds=timeout), store=own
+        )
+    except (RuntimeError, ValueError) as error:
         raise LostRankError(
             f"ranks: {size} ranks did not meet at {where} within {timeout:g} s (engine.timeout): "
             f"{_first_line(error)}"
