@@ -32,7 +32,8 @@ from fastjepa.bench.official_step import OfficialStep, Sizes, Update
 from fastjepa.bench.our_step import OurStep, as_on_a_gpu
 from fastjepa.bench.step import ClipAndMasks, Step, in_turn, matrix_rate, stages, traced, traffic
 from fastjepa.bench.step_results import OFFICIAL, OURS, Counted, Memory, Point, Side, StepResults
-from fastjepa.build import DTYPES, build_engine, build_jepa, build_loader, device_of
+from fastjepa.build import DTYPES, build_engine, build_jepa, device_of
+from fastjepa.build_data import build_loader
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import Recipe

@@ -1,34 +1,26 @@
 """The wiring diagram: a validated recipe to every object of a run, top to bottom. Only this file
-reads it.
+reads it, with build_data.py.
 
     trainer = build(load_recipe("configs/demo.yaml"))
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
 
 import fastjepa
+from fastjepa.build_data import datasets_of, loaders_of, quarantine_of
 from fastjepa.checkpoint import claim_run_folder
 from fastjepa.checkpoint.durable import write_text
 from fastjepa.config.key_ledger import flat_keys
 from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
-from fastjepa.config.schema import Recipe, Source
-from fastjepa.config.streams import Modality, Stream
-from fastjepa.data.cache import Cache, default_folder
-from fastjepa.data.decode_dali import DaliDecoder, choose_decoder
-from fastjepa.data.files import Files
-from fastjepa.data.loader import Loader
-from fastjepa.data.manifest import read_manifest
-from fastjepa.data.media import decode_media
+from fastjepa.config.schema import Recipe
+from fastjepa.config.streams import Stream
 from fastjepa.data.mixture import Mixture
-from fastjepa.data.quarantine import Quarantine
 from fastjepa.distillation import check_teacher, load_teacher
 from fastjepa.evaluation import MOST_FRAMES, ClassProbe, DigitProbe, OnlineEvaluation, Probe
 from fastjepa.model import Encoder, Predictor
@@ -41,7 +33,7 @@ from fastjepa.observe.profile import StepProfile
 from fastjepa.planning.gpus import board_peak
 from fastjepa.presets import EncoderSize
 from fastjepa.probes.feature_store import weights_digest
-from fastjepa.recipe_parts import encoder_sizes, mask_maker, network_numbers
+from fastjepa.recipe_parts import encoder_sizes, network_numbers
 from fastjepa.roles import RankShare, share_of
 from fastjepa.train.engine import Engine, TorchEngine
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine
@@ -55,9 +47,6 @@ from fastjepa.train.state import check_samples, load_initial, resume
 from fastjepa.train.step import Jepa
 from fastjepa.train.work import Work
 
-# Files known as bad at the start that are named one by one in the log.
-_BAD_FILES_SAID = 10
-Datasets = Mapping[Modality, list[tuple[Files, float]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -84,7 +73,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     if ranks.first:
         _claim(recipe, resolved, console)
     manifests = [files for named in datasets.values() for files, _ in named]
-    quarantine = _quarantine(recipe, manifests, sum(num_files.values()), console, ranks)
+    quarantine = quarantine_of(recipe, manifests, sum(num_files.values()), console, ranks)
 
     torch.manual_seed(recipe.run.seed)
     sharded = recipe.engine.kind == "deepspeed"
@@ -269,105 +258,6 @@ def _teacher(recipe: Recipe, size: EncoderSize, device: torch.device) -> Encoder
         recipe.distill.teacher, size, patch=recipe.model.patch, tubelet=recipe.model.tubelet,
         device=device, dtype=DTYPES[recipe.engine.dtype] if sharded else torch.float32,
     )  # fmt: skip
-
-
-def datasets_of(recipe: Recipe, resolved: Resolved) -> Datasets:
-    """The files of each modality that any rank reads: clips of all lengths come from the same."""
-    modalities = {stream.modality: None for stream in resolved.streams.values()}
-    return {modality: _datasets(recipe, modality) for modality in modalities}
-
-
-def _datasets(recipe: Recipe, modality: Modality) -> list[tuple[Files, float]]:
-    sources: tuple[Source, ...] = getattr(recipe.data, modality)
-    cache = _cache(recipe)
-    return [(read_manifest(source.path, cache), source.weight) for source in sources]
-
-
-def build_loader(recipe: Recipe, stream: Stream, device: torch.device) -> Loader:
-    """One stream's loader of a process by itself."""
-    return _loader(recipe, stream, _datasets(recipe, stream.modality), device, rank=0, ranks=1)
-
-
-def _cache(recipe: Recipe) -> Cache:
-    chosen = recipe.data.cache
-    return Cache(chosen.folder or default_folder(), int(chosen.gib * 2**30))
-
-
-def loaders_of(
-    recipe: Recipe, share: RankShare, datasets: Datasets, device: torch.device
-) -> dict[str, Loader]:
-    """A loader for each stream that a rank takes."""
-    return {
-        name: _loader(
-            recipe, stream, datasets[stream.modality], device, rank=share.rank, ranks=share.ranks
-        )
-        for name, stream in share.streams.items()
-    }
-
-
-def _loader(
-    recipe: Recipe,
-    stream: Stream,
-    datasets: list[tuple[Files, float]],
-    device: torch.device,
-    *,
-    rank: int,
-    ranks: int,
-) -> Loader:
-    data = recipe.data
-    dali = _dali(recipe, device)
-    return Loader(
-        datasets=datasets,
-        decoder=partial(decode_media, cache=_cache(recipe)),
-        batch=stream.clips,
-        frames=stream.frames,
-        fps=stream.fps,
-        crop=stream.crop,
-        scale=data.augment.scale,
-        aspect=data.augment.aspect,
-        flip=data.augment.flip,
-        seed=recipe.run.seed,
-        stream=stream.number,
-        rank=rank,
-        ranks=ranks,
-        workers=data.workers,
-        prefetch=data.prefetch,
-        max_bad_share=data.max_bad_share,
-        extras=mask_maker(recipe, stream, rank),
-        pin_memory=data.pin_memory and device.type == "cuda" and dali is None,
-        device_decoder=dali,
-    )
-
-
-def _dali(recipe: Recipe, device: torch.device) -> DaliDecoder | None:
-    """None where PyAV decodes, in the workers."""
-    choice = choose_decoder(recipe.data.decoder, device).name
-    if choice == "pyav":
-        return None
-    return DaliDecoder(
-        device if choice == "dali" else torch.device("cpu"),
-        threads=max(1, recipe.data.workers),
-        normalised=choice == "dali",
-        cache=_cache(recipe),
-    )
-
-
-def _quarantine(
-    recipe: Recipe, manifests: Iterable[Files], num_files: int, console: Console, ranks: Ranks
-) -> Quarantine:
-    """The run's bad files so far, with those that an index or a broken shard gave at the start."""
-    known = {path: reason for files in manifests for path, reason in files.bad}
-    quarantine = Quarantine(
-        recipe.run.folder / "quarantine.jsonl" if ranks.first else None,
-        recipe.data.max_bad_share,
-        num_files + len(known),
-    )
-    new = quarantine.add(known.items())
-    for path, reason in new[:_BAD_FILES_SAID]:
-        console.warn(f"left out {path}: {reason}")
-    if len(new) > _BAD_FILES_SAID:
-        console.warn(f"left out {len(new)} files in all; quarantine.jsonl names each")
-    return quarantine
 
 
 def _claim(recipe: Recipe, resolved: Resolved, console: Console) -> None:

@@ -142,7 +142,12 @@ def _complement(index_BK: NDArray[np.int64], num_tokens: int) -> NDArray[np.int6
 
 
 def counts(maker: MaskMaker, steps: Sequence[int]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Context and predicted tokens a clip of each group, step by step, for planning.
+    """Context and predicted tokens a clip of each group, step by step, for planning."""
+    return [kept_tokens(maker(step)) for step in steps]
+
+
+def kept_tokens(masks: Masks) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Context and predicted tokens a clip of each group.
 
     Where clips keep all of their own, the whole tokens of the mean.
     """
@@ -150,10 +155,8 @@ def counts(maker: MaskMaker, steps: Sequence[int]) -> list[tuple[tuple[int, ...]
     def kept(index_sets: Sequence[Tensor]) -> int:
         return sum(i.numel() for i in index_sets) // sum(len(i) for i in index_sets)
 
-    return [
-        tuple(
-            tuple(kept(getattr(group, kind)) for group in masks.by_group())
-            for kind in ("context", "predict")
-        )  # type: ignore[misc]
-        for masks in map(maker, steps)
-    ]
+    groups = masks.by_group()
+    context, predict = (
+        tuple(kept(getattr(group, kind)) for group in groups) for kind in ("context", "predict")
+    )
+    return context, predict

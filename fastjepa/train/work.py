@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastjepa.masking.batch import Masks
+from fastjepa.masking.batch import Masks, kept_tokens
 from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers, step_flops
 
 
@@ -19,12 +19,7 @@ class Work:
     def flops(self, masks: Masks, *, clips: int, tokens: int, image: bool) -> int:
         """Operations of a micro-batch of `clips` with `tokens` grid tokens each, the recompute of
         checkpointing not counted."""
-        kept = TokenNumbers(
-            tokens,
-            tuple(index.shape[1] for index in masks.context),
-            tuple(index.shape[1] for index in masks.predict),
-            image=image,
-        )
+        kept = TokenNumbers(tokens, *kept_tokens(masks), image=image)
         return step_flops(
             self.encoder, self.predictor, kept, batch=clips, target=self.teacher
         ).total

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastjepa.build import build_jepa, datasets_of, loaders_of, plan_of
+from fastjepa.build import build_jepa, plan_of
+from fastjepa.build_data import datasets_of, loaders_of
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
 from fastjepa.config.schema import Recipe

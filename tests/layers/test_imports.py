@@ -46,7 +46,7 @@ KNOW_THE_RECIPE = {
     "fastjepa.config", "fastjepa.build", "fastjepa.cli", "fastjepa.explain", "fastjepa.estimate",
     "fastjepa.planner",
     "fastjepa.cli_plan", "fastjepa.bench_step", "fastjepa.recipe_parts", "fastjepa.roles",
-    "fastjepa.rank_memory", "fastjepa.out_of_memory",
+    "fastjepa.rank_memory", "fastjepa.out_of_memory", "fastjepa.build_data",
 }  # fmt: skip
 
 # Optional or heavy: in one place, and only when called.
