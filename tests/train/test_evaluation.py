@@ -22,7 +22,7 @@ from fastjepa.train.signals import StopRequest
 Write = Callable[..., Path]
 EVALUATE = ("evaluate.every=3", "evaluate.count=20")
 # What is measured of the machine, and what is counted from one logged step to the next.
-OTHERWISE = ("_seconds", "_per_second", "data_wait", "memory_gib", "target_drift")
+OTHERWISE = ("_seconds", "_per_second", "data_wait", "mfu", "memory_gib", "target_drift")
 
 
 def trained(recipe: Path, *changes: str) -> Path:
