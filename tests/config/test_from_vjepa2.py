@@ -117,6 +117,7 @@ def test_pretraining(imported):
         "125%",
     )
     assert (r.video.clips, r.image.clips, r.image_share) == (48, 72, 0.5)
+    assert recipe.ranks.rank_ratio == 0.5
     assert (r.video.context_weight, r.image.context_weight) == (0.5, 0.7)
     assert [g.num_blocks for g in recipe.masks.video] == [8, 2]
     assert [g.num_blocks for g in recipe.masks.image] == [10]
@@ -206,7 +207,7 @@ def test_official_defaults_apply_to_missing_keys(imported):
     assert not recipe.model.interpolate_rope
     assert not recipe.objective.distance_weights
     assert recipe.objective.context_weight.video == 0.0
-    assert (recipe.data.image_share, recipe.data.batch) == (0.25, 32)
+    assert (recipe.ranks.rank_ratio, recipe.data.batch) == (0.25, 32)
     assert recipe.optim.horizon == "100%"
 
 

@@ -111,9 +111,12 @@ def test_ranks_take_the_gradient_of_the_mixture(
     assert row["context_weight"] == pytest.approx(0.4)
     assert row["loss"] == pytest.approx((row["loss/image"] + row["loss/video"]) / 2, rel=TOLERANCE)
     assert {"mfu", "flops_per_second", "ema_distance", "slowest_rank"} <= row.keys()
+    spreads = [row["work_spread"] for row in found]
     if "ranks.balance=work" in overrides:
-        spreads = [row["work_spread"] for row in found]
-        assert sum(spreads) / len(spreads) < 0.05
+        # Even on average: on so small a grid a step's masks differ by more.
+        assert max(spreads) < 0.5
+    else:
+        assert min(spreads) > 1.0
 
 
 def test_ranks_between_them_read_what_one_would(tmp_path: Path) -> None:
