@@ -4,6 +4,8 @@ Shapes: B batch, T frames, H W pixels, N grid tokens, R rows, P = 3 t p p values
 width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +20,8 @@ class Tokenizer(nn.Module):
     def __init__(self, width: int, patch: int, tubelet: int) -> None:
         super().__init__()
         self.proj = nn.Conv3d(3, width, (tubelet, patch, patch), stride=(tubelet, patch, patch))
+        # What an engine does to the patches: it may want the last word of a backward.
+        self.gate: Callable[[Tensor], Tensor] | None = None
 
     def grid(self, clip: Tensor) -> tuple[int, int, int]:
         """Token grid (T', H', W') of a clip [B, 3, T, H, W]; ValueError if the sides do not
@@ -42,4 +46,6 @@ class Tokenizer(nn.Module):
             patches_RP = tiles[places].flatten(1)
         else:
             patches_RP = tiles.flatten(4).flatten(0, 3)
+        if self.gate is not None:
+            patches_RP = self.gate(patches_RP)
         return F.linear(patches_RP, self.proj.weight.flatten(1), self.proj.bias)

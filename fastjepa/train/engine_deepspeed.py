@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -90,6 +91,13 @@ class DeepSpeedEngine:
         if stage == 3:
             deepspeed.utils.set_z3_leaf_modules(networks, [Block])
         self._loose = _outside_blocks(encoder, predictor)
+        self._roles = roles
+        if roles:
+            # Stage 2 reduces gradients as they come, so they have to come in one order on all
+            # ranks: behind the patches of either tokenizer, which a backward reaches last.
+            for module in encoder.modules():
+                if isinstance(module, Tokenizer):
+                    module.gate = partial(_with_all, parameters=self._loose)
         total = sum(shape.numel() for shape in shapes.values())
         groups = list(_pieces(param_groups((encoder, predictor), weight_decay), total))
         optimizer = _adamw(
@@ -124,7 +132,7 @@ class DeepSpeedEngine:
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
         def loss() -> Tensor:
             with self.autocast():
-                return _with_all(run(), self._loose)
+                return run() if self._roles else _with_all(run(), self._loose)
 
         found: Tensor = self._engine(loss)
         return found
@@ -194,7 +202,7 @@ class _WithAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return loss.clone()
+        return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -203,7 +211,8 @@ class _WithAll(torch.autograd.Function):
 
 
 def _with_all(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """The loss, with a gradient of zero for each parameter that it may not depend on.
+    """The loss (or another tensor), with a gradient of zero for each parameter that the loss may
+    not depend on.
 
     DeepSpeed's stages reduce what a backward brings. An image step brings nothing for the video
     tokenizer: ranks would wait for one another, and stage 3 would add to an older step's gradient.
