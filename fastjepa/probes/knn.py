@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 KS = (1, 5, 10, 20, 50, 100, 200)
 _QUERIES = 1024
@@ -41,15 +41,16 @@ def knn(
     if not usable:
         raise ValueError(f"knn: ks is {list(ks)}, expected some from 1 to {len(bank_ND)}")
     bank_ND = normalize(bank_ND.float(), dim=1)
-    votes_NC = one_hot(labels_N).float()
+    num_classes = int(labels_N.max()) + 1
     found: dict[int, list[Tensor]] = {k: [] for k in usable}
     for part_MD in queries_MD.float().split(_QUERIES):
         similarity_MK, index_MK = (normalize(part_MD, dim=1) @ bank_ND.T).topk(usable[-1], dim=1)
         # The nearest weighs 1: no overflow at any temperature.
         weight_MK = ((similarity_MK - similarity_MK[:, :1]) / temperature).exp()
         for k in usable:
-            votes = (weight_MK[:, :k, None] * votes_NC[index_MK[:, :k]]).sum(1)
-            found[k].append(votes.argmax(1))
+            votes_MC = weight_MK.new_zeros(len(part_MD), num_classes)
+            votes_MC.scatter_add_(1, labels_N[index_MK[:, :k]], weight_MK[:, :k])
+            found[k].append(votes_MC.argmax(1))
     empty = labels_N.new_empty(0)
     return {k: torch.cat(parts) if parts else empty for k, parts in found.items()}
 
