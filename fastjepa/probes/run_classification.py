@@ -48,9 +48,9 @@ def probe_knn(
     """
     fit, other = _features(encoder, train, test, out, view, batch, device)
     bank_ND, queries_MD = (
-        torch.stack([d.store[i].flatten() for i in d.store.good]) for d in (fit, other)
+        torch.stack([d.store[i].flatten() for i in d.store.good]).to(device) for d in (fit, other)
     )
-    labels_N, labels_M = (d.labels_N[d.store.good] for d in (fit, other))
+    labels_N, labels_M = (d.labels_N[d.store.good].to(device) for d in (fit, other))
     bank, chooses = held_out(len(bank_ND), holdout, seed)
     held = knn(bank_ND[bank], labels_N[bank], bank_ND[chooses], ks=ks, temperature=temperature)
     tested = knn(bank_ND, labels_N, queries_MD, ks=ks, temperature=temperature)
