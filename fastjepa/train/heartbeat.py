@@ -9,6 +9,7 @@ where the whole machine pauses, all ranks' clocks stand still.
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -108,4 +109,7 @@ def _end(rank: int, size: int, silent: Sequence[int] | None, silence: float) -> 
             "(engine.heartbeat); the last checkpoint stands, and the same command goes on from it",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+    if silent is None and speaks and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun would wait for the same store, deaf to signals, and could not start again anyway.
+        os.kill(os.getppid(), signal.SIGKILL)
     os._exit(2)

@@ -6,7 +6,9 @@ A frozen node stands for one that is cut off: its connections stay open, and not
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,8 +46,11 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Node, Node]]]:
     started: list[Node] = []
 
     def launch(path: Path, *overrides: str) -> tuple[Node, Node]:
-        where = f"localhost:{free_port()}"
+        port = free_port()
+        where = f"localhost:{port}"
         for number in (0, 1):
+            if number:
+                wait_for_port(int(port))  # the first node holds the rendezvous
             started.append(
                 start(
                     TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}",
@@ -61,6 +66,14 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Node, Node]]]:
             send(node, signal.SIGCONT)
             send(node, signal.SIGKILL)
         node.communicate()
+
+
+def wait_for_port(port: int) -> None:
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("localhost", port)) == 0:
+                return
+        time.sleep(0.1)
 
 
 def errors(out: str) -> list[str]:
