@@ -69,7 +69,7 @@ data: {{video: {clips}, frames: 4, fps: 8, crop: 64, batch: 2, workers: 0}}
 optim: {{lr: 1.0e-3, warmup: 2, ema: {{half_life: 5}}}}
 train: {{steps: {steps}, log_every: 1, checkpoint_every: 2, keep_checkpoints: {keep}}}
 engine: {{kind: deepspeed, device: cpu, dtype: float32, threads: 1, zero_stage: {stage},
-         timeout: 120}}
+         timeout: 40}}
 observe: {{pictures: false}}
 run: {{folder: {folder}}}
 """
