@@ -9,8 +9,10 @@ written; the same command then goes on. An uninterrupted run of each stage is th
 every kill all checkpoints there must be readable and have the very files of the uninterrupted
 run's, by SHA-256 (weights, moments, EMA, guard, state; not the random numbers of Python and NumPy,
 from which nothing is drawn and which a process begins anew); logged losses, gradient norms and
-health must be its numbers to the last digit. The rank that was left must end within
-`--timeout` seconds. A run that has got to its end is compared once more, and a new one begins.
+health must be its numbers to the last digit. The rank that was left must end by itself
+within `--timeout` seconds (no launcher ends it here; one that waits for a first rank that never
+came waits about twice `engine.timeout`, which is 40). A run that has got to its end is compared
+once more, and a new one begins.
 
 Ranks are forked from this process, which has imported everything once: a start then takes a second
 or two. The JSON is written after each kill; a larger `--kills` goes on from it, as does the same
@@ -284,7 +286,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--timeout", type=float, default=60.0)
+    parser.add_argument("--timeout", type=float, default=120.0)
     parser.add_argument("--stages", type=int, nargs="+", default=STAGES)
     parser.add_argument("--json", type=Path, required=True)
     chosen = parser.parse_args()
