@@ -31,10 +31,11 @@ class Encoding:
 _VPX = {"deadline": "realtime", "cpu-used": "8", "g": "24"}
 CODECS: dict[str, Encoding] = {
     "h264": Encoding("libx264", ".mp4", {"preset": "veryfast", "g": "24"}),
+    # With B-frames x265 leaves the decoding times of very short videos to chance.
     "hevc": Encoding(
         "libx265",
         ".mp4",
-        {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=1"},
+        {"preset": "ultrafast", "x265-params": "log-level=none:keyint=24:pools=1:bframes=0"},
     ),
     "vp9": Encoding("libvpx-vp9", ".webm", _VPX),
     "vp8": Encoding("libvpx", ".webm", _VPX),

@@ -76,14 +76,6 @@ def test_the_demo_is_small_and_uses_both_modalities():
     assert (recipe.engine.dtype, recipe.run.folder) == ("float32", Path("runs/demo"))
 
 
-def test_all_shipped_recipes_are_tested_here():
-    found = {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
-    sizes = {
-        f"{s}/{name}.yaml" for s in LEVELS for name in ("pretrain-256px-16f", "cooldown-256px-64f")
-    }
-    assert {name for name in found if not name.startswith("launch/")} == sizes | {"demo.yaml"}
-
-
 @given(share=st.integers(0, 100), steps=st.integers(1, 10**6))
 def test_a_share_of_a_run_is_the_nearest_step(share, steps):
     assert abs(in_steps(f"{share}%", steps) - share * steps / 100) <= 0.5

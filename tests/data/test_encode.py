@@ -24,6 +24,13 @@ def test_each_codec_brings_its_pictures_back(tmp_path: Path, codec: str) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("codec", encodable())
+def test_few_pictures_are_a_video_every_time(tmp_path: Path, codec: str) -> None:
+    for number in (1, 2) * 4:
+        path = write_video(tmp_path / f"a{CODECS[codec].suffix}", _shades(number), codec)
+        assert decode_clip(str(path), 0.0, number, 24.0).shape == (number, 64, 80, 3)
+
+
 def test_encoders_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for codec in encodable():
         write_video(tmp_path / f"a{CODECS[codec].suffix}", _shades(2), codec)
