@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -70,8 +71,17 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    wait_until(lambda: len(rows(folder)) >= step, process)
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Until one is whole: it is written beside the training."""
+    wait_until((folder / "checkpoints/latest").exists, process)
+
+
+def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 500
-    while len(rows(folder)) < step:
+    while not there():
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -15,7 +15,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import finish, free_port, recipe, rows, start, wait_for_step
+from .conftest import (
+    finish,
+    free_port,
+    recipe,
+    rows,
+    start,
+    wait_for_checkpoint,
+    wait_for_step,
+)
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -86,13 +94,12 @@ def test_two_nodes_train_and_one_killed_ends_the_other(
 ) -> None:
     folder = tmp_path / "run"
     first, second = two_nodes(recipe(folder, steps=1000))
-    wait_for_step(folder, 3, first)
+    wait_for_checkpoint(folder, first)
     send(second, signal.SIGKILL)
     out, _ = first.communicate(timeout=A_MINUTE)
     assert first.returncode != 0
     assert len(errors(out)) == 1, out
     assert "the last checkpoint stands" in errors(out)[0]
-    assert (folder / "checkpoints/latest").exists()
 
 
 @pytest.mark.slow
@@ -116,12 +123,12 @@ def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run = start(
         TORCHRUN, "--standalone", "--nproc-per-node=2", "--max-restarts=1",
-        "-m", "fastjepa.cli", "train", str(recipe(folder, steps=8)), *OVERRIDES,
+        "-m", "fastjepa.cli", "train", str(recipe(folder, steps=20)), *OVERRIDES,
     )  # fmt: skip
-    wait_for_step(folder, 4, run)
+    wait_for_checkpoint(folder, run)
     ranks = [child for child in psutil.Process(run.pid).children() if "train" in child.cmdline()]
     os.kill(ranks[-1].pid, signal.SIGKILL)
     code, out = finish(run)
     assert code == 0, out
     assert "resumed from" in out
-    assert [row["step"] for row in rows(folder)] == list(range(1, 9))
+    assert [row["step"] for row in rows(folder)] == list(range(1, 21))
