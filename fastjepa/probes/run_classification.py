@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fastjepa.model import Encoder
 from fastjepa.probes.attentive import SETTINGS, Clips, attentive_sweep, share_right
-from fastjepa.probes.feature_store import FeatureStore, View, named_by, weights_digest
+from fastjepa.probes.feature_store import FeatureStore, View, named_by
 from fastjepa.probes.knn import KS, accuracy, knn
 from fastjepa.probes.labelled_files import ClassFiles, held_out, read_classes
-from fastjepa.probes.report import Result, progress
+from fastjepa.probes.protocol import candidates, skipped, stores_of, train_heads
+from fastjepa.probes.report import Result
 from fastjepa.probes.sweep import Samples, Setting
 
 
@@ -54,7 +55,7 @@ def probe_knn(
     bank, chooses = held_out(len(bank_ND), holdout, seed)
     held = knn(bank_ND[bank], labels_N[bank], bank_ND[chooses], ks=ks, temperature=temperature)
     tested = knn(bank_ND, labels_N, queries_MD, ks=ks, temperature=temperature)
-    candidates = [
+    each_k = [
         {
             "k": k,
             "held_out": accuracy(held[k], labels_N[chooses]),
@@ -62,15 +63,15 @@ def probe_knn(
         }
         for k in held
     ]
-    best = max(candidates, key=lambda one: one["held_out"])
+    best = max(each_k, key=lambda one: one["held_out"])
     result = Result(
         probe="knn",
         weights=weights,
         setup=_setup(view, train, test, holdout=holdout, seed=seed, temperature=temperature),
         scores={"accuracy": float(best["test"])},
         chosen={"k": best["k"]},
-        candidates=candidates,
-        skipped=_skipped(fit, other),
+        candidates=each_k,
+        skipped=skipped(fit.store, other.store),
     )
     result.save(out / "knn.json")
     return result
@@ -103,12 +104,8 @@ def probe_attentive(
         seed=seed, device=device,
     )  # fmt: skip
     name = named_by(fit.store.name, fit.files.labels, fit.files.classes)
-    with progress("training heads", epochs) as advance:
-        sweep.train(
-            _samples(fit, good[rows], device),
-            file=out / "heads" / f"attentive-{name}.safetensors",
-            say=lambda epoch, losses: advance(),
-        )
+    file = out / "heads" / f"attentive-{name}.safetensors"
+    train_heads(sweep, _samples(fit, good[rows], device), file, epochs)
     held, tested = (
         _samples(fit, good[chooses], device),
         _samples(other, torch.tensor(other.store.good), device),
@@ -130,11 +127,8 @@ def probe_attentive(
         ),
         scores={"accuracy": on_test[best]},
         chosen=sweep.settings[best]._asdict(),
-        candidates=[
-            {**setting._asdict(), "held_out": a, "test": b}
-            for setting, a, b in zip(sweep.settings, on_held, on_test, strict=True)
-        ],
-        skipped=_skipped(fit, other),
+        candidates=candidates(sweep.settings, on_held, on_test),
+        skipped=skipped(fit.store, other.store),
     )
     result.save(out / "attentive.json")
     return result
@@ -150,18 +144,16 @@ def _features(
     device: torch.device | str,
 ) -> tuple[_Data, _Data]:
     files = read_classes(train)
-    view.check(encoder)
-    digest = weights_digest(encoder)
-    encoder.to(device)
-    found = []
-    for name, source in (("training", files), ("test", read_classes(test, files.classes))):
-        store = FeatureStore(out / "features", source.paths, view, digest)
-        with progress(f"features, {name} files", len(source.paths)) as advance:
-            store.fill(encoder, batch=batch, device=device, advance=advance)
-        if not store.good:
-            raise ValueError(f"no {name} file can be read: {next(iter(store.bad.values()))}")
-        found.append(_Data(store, torch.tensor(source.labels), source))
-    return found[0], found[1]
+    sources = files, read_classes(test, files.classes)
+    stores = stores_of(
+        encoder, sources[0].paths, sources[1].paths, out / "features", view, noun="file",
+        batch=batch, device=device,
+    )  # fmt: skip
+    fit, other = (
+        _Data(store, torch.tensor(source.labels), source)
+        for store, source in zip(stores, sources, strict=True)
+    )
+    return fit, other
 
 
 def _samples(data: _Data, numbers: Tensor, device: torch.device | str) -> Samples[Clips]:
@@ -183,7 +175,3 @@ def _samples(data: _Data, numbers: Tensor, device: torch.device | str) -> Sample
 
 def _setup(view: View, train: str, test: str, **rest: Any) -> dict[str, Any]:
     return {"train": train, "test": test, **asdict(view), **rest}
-
-
-def _skipped(*data: _Data) -> dict[str, str]:
-    return {one.store.paths[i]: why for one in data for i, why in one.store.bad.items()}

@@ -8,7 +8,7 @@ setting for the table.
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,15 @@ from torch import Tensor
 from fastjepa.model import Encoder
 from fastjepa.probes import linear_depth, linear_segmentation
 from fastjepa.probes.confusion import IGNORED, class_ious, mean_iou
-from fastjepa.probes.feature_store import (
-    FeatureStore,
-    View,
-    file_state,
-    named_by,
-    weights_digest,
-)
+from fastjepa.probes.feature_store import View, file_state, named_by
 from fastjepa.probes.label_pictures import read_depth, read_mask
 from fastjepa.probes.labelled_files import Pairs, held_out, read_pairs
 from fastjepa.probes.linear_depth import depth_errors, depth_sweep
 from fastjepa.probes.linear_segmentation import count, segmentation_sweep
 from fastjepa.probes.patch_linear import Labelled
-from fastjepa.probes.report import Result, progress
-from fastjepa.probes.sweep import Samples, Setting, Sweep
+from fastjepa.probes.protocol import candidates, skipped, stores_of, train_heads
+from fastjepa.probes.report import Result
+from fastjepa.probes.sweep import Samples, Setting
 
 
 class _Parts(NamedTuple):
@@ -71,7 +66,8 @@ def probe_segmentation(
         encoder.width, classes, settings=settings, epochs=epochs, batch=head_batch, seed=seed,
         device=device,
     )  # fmt: skip
-    _train(sweep, parts, out / "heads" / f"segmentation-{parts.name}.safetensors", epochs)
+    file = out / "heads" / f"segmentation-{parts.name}.safetensors"
+    train_heads(sweep, parts.fit, file, epochs)
     best, on_held = sweep.best(lambda head: mean_iou(count(head, parts.choose, classes)))
     counts = [count(head, parts.test, classes) for head in sweep.heads]
     ious = class_ious(counts[best])
@@ -82,10 +78,7 @@ def probe_segmentation(
                "epochs": epochs, "head_batch": head_batch, "holdout": holdout, "seed": seed},
         scores={"miou": mean_iou(counts[best])},
         chosen=sweep.settings[best]._asdict(),
-        candidates=[
-            {**setting._asdict(), "held_out": held, "test": mean_iou(tested)}
-            for setting, held, tested in zip(sweep.settings, on_held, counts, strict=True)
-        ],
+        candidates=candidates(sweep.settings, on_held, [mean_iou(one) for one in counts]),
         parts={
             f"class {number}": {"iou": float(iou)}
             for number, iou in enumerate(ious) if not iou.isnan()
@@ -130,7 +123,7 @@ def probe_depth(
 
     parts = _parts(encoder, pairs, out, view, read, holdout, batch, seed, device)
     name = f"depth-{parts.name}-{low:g}-{high:g}-{unit:g}.safetensors"
-    _train(sweep, parts, out / "heads" / name, epochs)
+    train_heads(sweep, parts.fit, out / "heads" / name, epochs)
     best, on_held = sweep.best(lambda head: -depth_errors(head, parts.choose, low, high).rmse)
     tested = [depth_errors(head, parts.test, low, high) for head in sweep.heads]
     result = Result(
@@ -141,10 +134,9 @@ def probe_depth(
                "seed": seed},
         scores=tested[best]._asdict(),
         chosen=sweep.settings[best]._asdict(),
-        candidates=[
-            {**setting._asdict(), "held_out": -held, "test": errors.rmse}
-            for setting, held, errors in zip(sweep.settings, on_held, tested, strict=True)
-        ],
+        candidates=candidates(
+            sweep.settings, [-score for score in on_held], [errors.rmse for errors in tested]
+        ),
         skipped=parts.skipped,
     )  # fmt: skip
     result.save(out / "depth.json")
@@ -162,17 +154,10 @@ def _parts(
     seed: int,
     device: torch.device | str,
 ) -> _Parts:
-    view.check(encoder)
-    digest = weights_digest(encoder)
-    encoder.to(device)
-    stores = []
-    for name, own in zip(("training", "test"), pairs, strict=True):
-        store = FeatureStore(out / "features", own.paths, view, digest)
-        with progress(f"features, {name} pictures", len(own.paths)) as advance:
-            store.fill(encoder, batch=batch, device=device, advance=advance)
-        if not store.good:
-            raise ValueError(f"no {name} picture can be read: {next(iter(store.bad.values()))}")
-        stores.append(store)
+    stores = stores_of(
+        encoder, pairs[0].paths, pairs[1].paths, out / "features", view, noun="picture",
+        batch=batch, device=device,
+    )  # fmt: skip
 
     def samples(which: int, numbers: list[int]) -> Samples[Labelled]:
         def fetch(index: Tensor) -> Labelled:
@@ -190,14 +175,9 @@ def _parts(
         samples(0, [good[i] for i in fit]),
         samples(0, [good[i] for i in choose]),
         samples(1, stores[1].good),
-        {store.paths[i]: why for store in stores for i, why in store.bad.items()},
+        skipped(*stores),
         named_by(stores[0].name, [file_state(path) for path in pairs[0].labels]),
     )
-
-
-def _train(sweep: Sweep[Any], parts: _Parts, file: Path, epochs: int) -> None:
-    with progress("training heads", epochs) as advance:
-        sweep.train(parts.fit, file=file, say=lambda epoch, losses: advance())
 
 
 def _num_classes(pairs: Pairs) -> int:
