@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fastjepa.bench.report import aligned
 from fastjepa.observe.quantities import binary_size, count, scaled, seconds
 from fastjepa.observe.states import StateBytes
+from fastjepa.observe.tables import aligned
 from fastjepa.planner import Plan, Timing
 from fastjepa.planning.balance import Roles
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastjepa.bench.data_results import Results, Way
-from fastjepa.bench.report import aligned
 from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.observe.tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,10 +1,12 @@
 """A run's results as tables of text: figures by op, launches, and the comparison with an older
 run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from math import isnan
+from typing import Any
 
 from fastjepa.bench.results import Figure, Results, Row, compared
+from fastjepa.observe.tables import aligned
 
 # What the official code launches, counted on it at ViT-L, 256 px, 16 frames, batch 48; not here.
 OFFICIAL_LAUNCHES = {
@@ -23,11 +25,16 @@ def as_text(results: Results) -> str:
     return "\n".join(_lines(results))
 
 
+def provenance(device: Mapping[str, Any], versions: Mapping[str, str], commit: str) -> str:
+    """The first line of a report: what its figures are from."""
+    threads = f", {device['threads']} threads" if "threads" in device else ""
+    named = ", ".join(f"{name} {number}" for name, number in versions.items())
+    return f"{device['name']}{threads}; {named}; commit {commit or 'unknown'}"
+
+
 def _lines(results: Results) -> Iterator[str]:
     device = results.device
-    threads = f", {device['threads']} threads" if "threads" in device else ""
-    versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
-    yield f"{device['name']}{threads}; {versions}; commit {results.commit or 'unknown'}"
+    yield provenance(device, results.versions, results.commit)
     yield f"copy bandwidth {results.copy_bytes_per_second / 1e9:.1f} GB/s, read and written"
     if device["type"] != "cuda":
         yield "(a CPU reads what a copy overwrites, too, so updates in place can exceed it)"
@@ -89,15 +96,6 @@ def comparison(old: Results, new: Results) -> str:
         for op, shape, way, time, memory in compared(old, new)
     ]
     return "\n".join([*lines, *aligned([header, *table])])
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def _time(figure: Figure) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from fastjepa.bench.timing import in_turn as calls_in_turn
 from fastjepa.bench.traffic import Traffic
 from fastjepa.masking.batch import Masks
+from fastjepa.observe.profile import profiler
 from fastjepa.observe.stages import StageClock
 
 Step = Callable[[Tensor, Masks], float]
@@ -73,10 +73,7 @@ def traced(
 ) -> list[tuple[str, int, float]]:
     """The operations that take longest in one step: name, calls, seconds in all. `trace` is where
     a Chrome trace goes."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as record:
+    with profiler(device) as record:
         step(*batch)
     if trace is not None:
         record.export_chrome_trace(str(trace))

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastjepa.bench.report import aligned
+from fastjepa.bench.report import provenance
 from fastjepa.bench.step_results import OFFICIAL, Point, Side, StepResults
 from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.observe.tables import aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,10 +24,7 @@ def as_text(results: StepResults) -> str:
 
 
 def _lines(results: StepResults) -> Iterator[str]:
-    device = results.device
-    threads = f", {device['threads']} threads" if "threads" in device else ""
-    versions = ", ".join(f"{name} {number}" for name, number in results.versions.items())
-    yield f"{device['name']}{threads}; {versions}; commit {results.commit or 'unknown'}"
+    yield provenance(results.device, results.versions, results.commit)
     if results.reference:
         yield f"official code at {results.reference}"
     for point in results.points:

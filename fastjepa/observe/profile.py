@@ -11,6 +11,14 @@ from pathlib import Path
 import torch
 
 
+def profiler(device: torch.device) -> torch.profiler.profile:
+    """PyTorch's, for what the host and `device` do."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return torch.profiler.profile(activities=activities)
+
+
 class StepProfile:
     """Records the steps first..last, counted from 1 as in metrics.jsonl, into one file a rank."""
 
@@ -25,10 +33,7 @@ class StepProfile:
     def before(self, step: int) -> None:
         """Call ahead of each step: recording starts with the first of those chosen."""
         if self._running is None and self.first <= step <= self.last:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            if self._device.type == "cuda":
-                activities.append(torch.profiler.ProfilerActivity.CUDA)
-            self._running = torch.profiler.profile(activities=activities)
+            self._running = profiler(self._device)
             self._running.start()
             self._recorded = (step, step)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastjepa.checkpoint.durable import write_text
+from fastjepa.observe.tables import aligned
 
 
 class Advance(Protocol):
@@ -40,14 +41,14 @@ class Result:
         """The table: scores, what was chosen, each candidate and each part."""
         rows = [(name, f"{value:.4f}") for name, value in self.scores.items()]
         rows += [(f"chosen {name}", str(value)) for name, value in self.chosen.items()]
-        text = [f"{self.probe} of {self.weights}", *_aligned(rows)]
+        text = [f"{self.probe} of {self.weights}", *aligned(rows)]
         tables = [self.candidates]
         tables.append([{"part": name, **scores} for name, scores in self.parts.items()])
         for table in tables:
             if table:
                 head = list(table[0])
                 cells = [[_cell(row[name]) for name in head] for row in table]
-                text += ["", *_aligned([head, *cells])]
+                text += ["", *aligned([head, *cells])]
         text += [f"skipped {path}: {why}" for path, why in self.skipped.items()]
         return text
 
@@ -65,11 +66,3 @@ def progress(what: str, total: int) -> Iterator[Advance]:
 
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _aligned(rows: list[Any]) -> list[str]:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
