@@ -34,8 +34,8 @@ from fastjepa.train.signals import stop_on_signals
 
 SIZE, FRAMES, FPS, BATCH = 48, 4, 8.0, 12
 PATCH, TUBELET, DIGIT = 8, 2, 24  # pixels, frames, pixels
-# The steps at which features are probed, and the last one. 0 is before the first.
-CURVE = (0, 40, 80, 160)
+# Shares of the steps after which features are probed. 0 is before the first.
+CURVE = (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 class Arm(NamedTuple):
@@ -79,14 +79,14 @@ def recipe(objective: str, seed: int, work: Path, steps: int) -> Recipe:
             },
             "objective": {
                 "dense": arm.dense, "deep": arm.deep,
-                # At 160 steps, where the released ramp is: 15,000 to 30,000 of 135,000.
-                "ramp": {"start": 18, "end": 35},
+                # The released shares of 135,000 steps, as the warmup and the half-life are.
+                "ramp": {"start": "11.1%", "end": "22.2%"},
             },
             "optim": {
-                "start_lr": 1e-4, "lr": 1e-3, "warmup": 16, "ema": {"half_life": 5},
+                "start_lr": 1e-4, "lr": 1e-3, "warmup": "8.9%", "ema": {"half_life": "0.7%"},
             },
             "train": {
-                "steps": steps, "checkpoint_every": CURVE[1], "keep_checkpoints": 20,
+                "steps": steps, "checkpoint_every": int(steps * CURVE[1]), "keep_checkpoints": 20,
                 "log_every": 20,
             },
             "engine": {"device": "auto", "dtype": "float32"},
@@ -126,7 +126,7 @@ def run(objective: str, seed: int, work: Path, steps: int, parts: Mapping[str, P
                 write_text(file, json.dumps(found))
             if trainer.step < steps and not trainer.run(stop):
                 return False
-        for step in (*CURVE[1:], steps):
+        for step in (int(steps * share) for share in CURVE[1:]):
             if str(step) in found:
                 continue
             encoder = load(chosen.run.folder / CHECKPOINTS / f"step-{step:08d}")
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder for data and runs")
     parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=640, help="a multiple of 160")
+    parser.add_argument("--steps", type=int, default=640, help="a multiple of 16")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="others can run beside these"
     )
