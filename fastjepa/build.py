@@ -121,6 +121,7 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         saver=Saver(folder, ranks, keep=recipe.train.keep_checkpoints),
         max_skips=recipe.guard.max_skips,
         returns=returns,
+        packed=recipe.engine.micro_batches == "packed",
         step=0 if checkpoint is None else checkpoint.step,
         wandb_project=recipe.observe.wandb_project if recipe.observe.wandb else None,
         evaluation=_evaluation(recipe, next(iter(resolved.streams.values()))),
@@ -154,6 +155,8 @@ def build_engine(recipe: Recipe, jepa: Jepa, device: torch.device, ranks: Ranks 
     }
     if own.kind == "torch":
         in_turn = {"auto": None, "packed": False, "in_turn": True}[own.mask_groups]
+        if own.micro_batches == "packed":
+            in_turn = False
         return TorchEngine(**shared, in_turn=in_turn)
     travels = own.communication_dtype
     return DeepSpeedEngine(

@@ -7,7 +7,8 @@ Nothing is built: sizes follow from the recipe, token counts from masks drawn fo
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from statistics import fmean
 
 from fastjepa.config.resolve import Resolved
@@ -52,7 +53,7 @@ class Estimate:
     """Parameters, and what a step costs: `flops` of an optimizer step, `memory` in bytes.
 
     `teacher_parameters` is 0 where no teacher gives the targets. `parts` has the streams by name;
-    `memory` is the largest of theirs: they run one after the other.
+    `memory` is the largest of theirs where they run one after the other.
     """
 
     encoder_parameters: int
@@ -77,7 +78,10 @@ def estimate(recipe: Recipe, resolved: Resolved) -> Estimate:
         costs.teacher_parameters,
         parts,
         math.fsum(p.passes * p.flops.total for p in parts.values()),
-        max((p.memory for p in parts.values()), key=lambda memory: memory.total),
+        Footprint(
+            next(iter(parts.values())).memory.states,
+            costs.at_the_height([p.memory.activations for p in parts.values()]),
+        ),
     )
 
 
@@ -95,6 +99,8 @@ class StreamCosts:
         self.teacher_parameters = (
             encoder_parameters(replace(self.teacher, levels=4)) if self.teacher else 0
         )
+        # Whether all streams go through a step as one sequence.
+        self.packs_streams = recipe.engine.micro_batches == "packed" and not self._alternates
         self.value_bytes = 2 if recipe.engine.dtype == "bfloat16" else 4
         self._drawn: dict[tuple[int, int], list[TokenNumbers]] = {}
 
@@ -141,6 +147,15 @@ class StreamCosts:
                 self.activations(stream, drawn, checkpointing=model.checkpointing),
             ),
         )  # fmt: skip
+
+    def at_the_height(self, held: Sequence[Activations]) -> Activations:
+        """Bytes that a step's micro-batches hold together, of which each needs `held`: the largest
+        where they take turns, all that are in one step where they are packed."""
+        packed = self.recipe.engine.micro_batches == "packed"
+        together = held if self.packs_streams else [max(held, key=lambda one: one.total)]
+        times = self.recipe.optim.accumulate if packed else 1
+        parts = zip(*map(astuple, together), strict=True)
+        return Activations(*(times * sum(values) for values in parts))
 
     def activations(
         self,

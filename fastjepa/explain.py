@@ -242,6 +242,8 @@ def _optimizer_step(recipe: Recipe, resolved: Resolved) -> Rows:
         yield "mix", f"accumulate: a batch each of {', '.join(map(_called, names))} in each step"
     if recipe.optim.accumulate > 1:
         yield "accumulate", f"{recipe.optim.accumulate} micro-batches of each"
+    if recipe.engine.micro_batches == "packed":
+        yield "micro-batches", "all of a step packed into one sequence"
     kinds = [("clips", resolved.video), ("images", resolved.image)]
     unit = " and ".join(kind for kind, stream in kinds if stream)
     mean = " on average" if mixed and resolved.mix == "alternate" else ""

@@ -130,6 +130,8 @@ def _changes(recipe: Recipe, ranks: int, *, on_host: bool) -> list[Change]:
     ]
     if smaller:
         found.append(smaller)
+    if engine.micro_batches == "packed":
+        found.append([["engine.micro_batches=in_turn"]])
     if engine.kind == "deepspeed" and ranks > 1 and engine.zero_stage < 3:
         found.append([[f"engine.zero_stage={n}"] for n in range(engine.zero_stage + 1, 4)])
     # It moves states to the host, where they are already on a CPU.

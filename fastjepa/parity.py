@@ -118,11 +118,11 @@ def _forward_and_backward(
 
     def context_loss(weights: tuple[Tensor, ...] | None) -> Tensor | None:
         whole = replace(batch, masks=replace(masks, weights=weights), context_weight=1.0)
-        return forward(jepa, whole, engine.dtype).context
+        return forward(jepa, [whole], engine.dtype)[0].context
 
     with engine.autocast():
         with _outputs(jepa) as seen:
-            terms = forward(jepa, batch, engine.dtype)
+            (terms,) = forward(jepa, [batch], engine.dtype)
         predicted, context = (rows.to(engine.dtype) for rows in seen["predictor"])
         z_predict = by_group(jepa.predictor.predictor_proj(predicted), masks.predict)
         z_context = by_group(jepa.predictor.predictor_proj_context(context), masks.context)

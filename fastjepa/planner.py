@@ -9,6 +9,7 @@ ranks. docs/planning.md has each formula.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
@@ -252,10 +253,10 @@ def _layout(
         (plain, checkpointed),
         {
             name: (
-                _largest(costs, stream, layout, room, checkpointing=False),
-                _largest(costs, stream, layout, room, checkpointing=True),
+                _largest(costs, streams, name, layout, room, checkpointing=False),
+                _largest(costs, streams, name, layout, room, checkpointing=True),
             )
-            for name, stream in streams.items()
+            for name in streams
         },
         traffic,
         None if layout == "torch" and ranks > 1 else timing,
@@ -263,22 +264,34 @@ def _layout(
 
 
 def _largest(
-    costs: StreamCosts, stream: Stream, layout: Layout, room: int, *, checkpointing: bool
+    costs: StreamCosts,
+    streams: dict[str, Stream],
+    name: str,
+    layout: Layout,
+    room: int,
+    *,
+    checkpointing: bool,
 ) -> int:
-    """The largest batch of `stream` whose activations fit `room` bytes; 0 if none does.
+    """The largest batch of a stream whose activations fit `room` bytes; 0 if none does.
 
-    A clip keeps fewer tokens in a larger batch. So masks are drawn for batches of powers of two,
-    and a batch is held to need what its clips need in the next smaller one drawn.
+    Streams that are packed beside it have their own batches. A clip keeps fewer tokens in a larger
+    batch. So masks are drawn for batches of powers of two, and a batch is held to need what its
+    clips need in the next smaller one drawn.
     """
+    needs = partial(costs.activations, checkpointing=checkpointing, layout=layout)
+    stream = streams[name]
+    beside = [
+        needs(other, costs.tokens(other))
+        for other in streams.values()
+        if costs.packs_streams and other is not stream
+    ]
     drawn, most = _LARGEST_DRAWN, 0
     while drawn:
         tokens = costs.tokens(replace(stream, clips=drawn))
 
         def needed(clips: int, tokens: list[TokenNumbers] = tokens) -> int:
-            return costs.activations(
-                replace(stream, clips=clips), tokens, checkpointing=checkpointing,
-                layout=layout,
-            ).total  # fmt: skip
+            own = needs(replace(stream, clips=clips), tokens)
+            return costs.at_the_height([own, *beside]).total
 
         whole = needed(1)
         each = needed(2) - whole

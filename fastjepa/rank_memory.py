@@ -34,10 +34,15 @@ def bytes_of_rank(recipe: Recipe, resolved: Resolved, *, ranks: int) -> int:
     """
     costs, layout = StreamCosts(recipe, resolved), chosen_layout(recipe)
     states, gathered = held_between_passes(costs, layout, ranks)
-    ends = (share_of(recipe, resolved, rank=rank, ranks=ranks) for rank in {0, ranks - 1})
-    streams = [stream for share in ends for stream in share.streams.values()]
-    held = largest_activations(costs, streams, layout, checkpointing=recipe.model.checkpointing)
-    return states.total + gathered + held.total
+    ends = [share_of(recipe, resolved, rank=rank, ranks=ranks) for rank in {0, ranks - 1}]
+    checkpointing = recipe.model.checkpointing
+    held = max(
+        largest_activations(
+            costs, share.streams.values(), layout, checkpointing=checkpointing
+        ).total
+        for share in ends
+    )
+    return states.total + gathered + held
 
 
 def held_between_passes(costs: StreamCosts, layout: Layout, ranks: int) -> tuple[StateBytes, int]:
@@ -60,13 +65,12 @@ def held_between_passes(costs: StreamCosts, layout: Layout, ranks: int) -> tuple
 def largest_activations(
     costs: StreamCosts, streams: Iterable[Stream], layout: Layout, *, checkpointing: bool
 ) -> Activations:
-    """Those of the stream that needs most: streams take turns."""
-    return max(
-        (
+    """Those of the stream that needs most where they take turns, of all where they are packed."""
+    return costs.at_the_height(
+        [
             costs.activations(
                 stream, costs.tokens(stream), checkpointing=checkpointing, layout=layout
             )
             for stream in streams
-        ),
-        key=lambda held: held.total,
+        ]
     )

@@ -38,7 +38,7 @@ class Case:
 
     def forward(self) -> Tensor:
         batch = MicroBatch(self.clip, self.masks, share=1.0, context_weight=0.5)
-        return forward(self.jepa, batch, torch.float32).total
+        return forward(self.jepa, [batch], torch.float32)[0].total
 
 
 def case(recipe_file: str, *overrides: str, device: str) -> Case:

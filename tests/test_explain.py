@@ -116,6 +116,10 @@ def test_memory_is_the_larger_part_and_follows_the_recipe() -> None:
     assert held("model.checkpointing=true") < kept < held()
     assert held("model.attention=math") > held()
     assert held("engine.mask_groups=in_turn") < held()
+    packed = costs("engine.micro_batches=packed", "data.mix=accumulate", "optim.accumulate=2")
+    assert packed.memory.activations.total == sum(
+        2 * part.memory.activations.total for part in packed.parts.values()
+    )
 
 
 def test_schedule_gives_the_values_that_steps_will_have() -> None:

@@ -322,6 +322,7 @@ class Engine(Section):
     target_dtype: Literal["float8"] | None = None
     threads: Positive | None = None
     mask_groups: Literal["auto", "packed", "in_turn"] = "auto"
+    micro_batches: Literal["in_turn", "packed"] = "in_turn"
     zero_stage: Literal[0, 1, 2, 3] = 2
     communication_dtype: Literal["float32", "bfloat16"] | None = None
     offload: bool = False
@@ -337,6 +338,8 @@ class Engine(Section):
             raise ValueError("compile: blocks needs whole weights; zero_stage 0, 1 or 2 has them")
         if self.kind == "deepspeed" and self.mask_groups == "in_turn":
             raise ValueError("mask_groups: in_turn is for kind torch; DeepSpeed's backward is one")
+        if self.micro_batches == "packed" and self.mask_groups == "in_turn":
+            raise ValueError("mask_groups: in_turn; micro_batches packed packs the groups, too")
         if self.kind == "torch" and (self.offload or self.adamw != "torch"):
             raise ValueError("offload and adamw are for kind deepspeed")
         if self.offload and self.zero_stage == 0:

@@ -6,8 +6,9 @@ D width.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args, overload
+from typing import Literal, NamedTuple, get_args, overload
 
+import torch
 from torch import Tensor, nn
 
 from fastjepa.model.block import EPS, Block, LayerNorm
@@ -19,6 +20,15 @@ from fastjepa.model.tokenizer import Tokenizer
 from fastjepa.presets import Generation, Rope
 from fastjepa_kernels import packed_rows
 from fastjepa_kernels.precision import wide
+
+
+class Shown(NamedTuple):
+    """Clips of one shape [B, 3, T, H, W], and the tokens of them that are run: the arguments of
+    `Encoder.forward`."""
+
+    clip: Tensor
+    index_groups_BK: Sequence[Tensor] | None = None
+    clips: Sequence[int] | None = None
 
 
 class Encoder(nn.Module):
@@ -96,34 +106,27 @@ class Encoder(nn.Module):
         *,
         clips: Sequence[int] | None = None,
         levels: Sequence[int] | None = None,
+        beside: Sequence[Shown] = (),
     ) -> list[Tensor]:
         """Normalised outputs of the levels, shallowest first, each [R, D] over packed rows.
 
         clip: [B, 3, T, H, W] normalised RGB; T = 1 is an image. index_groups_BK: for each mask
         group the kept tokens [B, K], which alone are embedded and run; None runs all tokens, rows
         `b * N + token`. clips: the clip that each group starts with, as in `packed_rows`. levels: a
-        subset of `self.levels`, all if None. ValueError if a side or a
-        level does not fit.
+        subset of `self.levels`, all if None. beside: clips of other shapes or modalities, whose
+        rows come behind, in the same packed pass. ValueError if a side or a level does not fit.
         """
         wanted = self.levels if levels is None else tuple(levels)
         if not set(wanted) <= set(self.levels):
             raise ValueError(f"levels: expected some of {list(self.levels)}, got {list(wanted)}")
-        grid = self.grid(clip)
-        num_tokens = grid[0] * grid[1] * grid[2]
-        table = rotary_table(
-            grid, self.head_dim, like=clip, patch=self.patch, interpolate=self.interpolate_rope,
-            rope=self.rope,
-        )  # fmt: skip
-        if index_groups_BK is None:
-            rows = None
-            segments = segments_of([(len(clip), num_tokens)])
-            tables = [table[None]]
-        else:
-            rows = packed_rows(index_groups_BK, num_tokens, clips)
-            segments = segments_of([(index.shape[0], index.shape[1]) for index in index_groups_BK])
-            tables = [table[index] for index in index_groups_BK]
-
-        x_RD = self._tokens(clip, rows)
+        tokens, tables, shapes = [], [], []
+        for shown in (Shown(clip, index_groups_BK, clips), *beside):
+            x_RD, own_tables, own_shapes = self._embedded(shown)
+            tokens.append(x_RD)
+            tables += own_tables
+            shapes += own_shapes
+        x_RD = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+        segments = segments_of(shapes)
         outputs: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
             if self.checkpointing:
@@ -167,6 +170,21 @@ class Encoder(nn.Module):
         if pool:
             grids = [grid.mean((1, 2, 3)) for grid in grids]
         return grids[0] if levels is None else grids
+
+    def _embedded(self, shown: Shown) -> tuple[Tensor, list[Tensor], list[tuple[int, int]]]:
+        """Tokens [R, D], and the rotary rows, count and length of each of their segments."""
+        clip, groups, clips = shown
+        grid = self.grid(clip)
+        num_tokens = grid[0] * grid[1] * grid[2]
+        table = rotary_table(
+            grid, self.head_dim, like=clip, patch=self.patch, interpolate=self.interpolate_rope,
+            rope=self.rope,
+        )  # fmt: skip
+        if groups is None:
+            return self._tokens(clip, None), [table[None]], [(len(clip), num_tokens)]
+        x_RD = self._tokens(clip, packed_rows(groups, num_tokens, clips))
+        shapes = [(len(index), index.shape[1]) for index in groups]
+        return x_RD, [table[index] for index in groups], shapes
 
     def _tokens(self, clip: Tensor, rows: Tensor | None) -> Tensor:
         x_RD: Tensor = self._tokenizer(clip)(self._as_read(clip), rows)

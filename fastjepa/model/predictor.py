@@ -9,6 +9,7 @@ output channels.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,26 @@ from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import SharedRow, segments_of
 from fastjepa.presets import Rope
 from fastjepa_kernels.precision import wide
+
+
+class Asked(NamedTuple):
+    """What is given and what is asked for on one grid: the arguments of `Predictor.forward`."""
+
+    context_groups_BK: Sequence[Tensor]
+    predict_groups_BK: Sequence[Tensor]
+    grid: tuple[int, int, int]
+    image: bool
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Context tokens of each segment's sequences."""
+        return tuple(index.shape[1] for index in self.context_groups_BK)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Count and length of each segment's sequences, context and predicted tokens."""
+        pairs = zip(self.context_groups_BK, self.predict_groups_BK, strict=True)
+        return [(len(context), context.shape[1] + predict.shape[1]) for context, predict in pairs]
 
 
 class Predictor(nn.Module):
@@ -85,35 +106,27 @@ class Predictor(nn.Module):
         grid: tuple[int, int, int],
         *,
         image: bool,
+        beside: Sequence[Asked] = (),
     ) -> tuple[Tensor, Tensor]:
         """Rows before the heads, after `predictor_norm`: (predicted [Rp, P], context [Rc, P]).
 
         levels_RD: the context encoder's levels over packed context rows. The index groups give
         each group's context and predicted tokens [B, K] on `grid` (T', H', W'); `image` chooses
-        the modality embedding.
+        the modality embedding. beside: those of other grids or modalities, whose rows come
+        behind, in the same packed pass.
         """
+        parts = [Asked(context_groups_BK, predict_groups_BK, grid, image), *beside]
         context_RP = self.predictor_embed(torch.cat(tuple(levels_RD), dim=-1))
-        modality = self.img_mod_embed if image else self.video_mod_embed
-        # Every predicted token starts as the same row: the first block takes it once.
-        mask_1P = self.mask_tokens[0][0]
-        # Float32 at least, in parameters of bfloat16 as under autocast, unless told otherwise.
-        stream = self.residual or wide(mask_1P.dtype)
-        x_RP = torch.cat((context_RP.to(stream), mask_1P.to(stream))) + modality[0].to(stream)
-        segments = segments_of(
-            [
-                (context.shape[0], context.shape[1] + predict.shape[1])
-                for context, predict in zip(context_groups_BK, predict_groups_BK, strict=True)
-            ]
-        )
-        shared = SharedRow(segments, tuple(context.shape[1] for context in context_groups_BK))
-        table = rotary_table(
-            grid, self.head_dim, like=x_RP, patch=self.patch, interpolate=self.interpolate_rope,
-            rope=self.rope,
-        )  # fmt: skip
-        tables = [
-            table[torch.cat(pair, dim=1)]
-            for pair in zip(context_groups_BK, predict_groups_BK, strict=True)
-        ]
+        segments = segments_of([shape for part in parts for shape in part.shapes])
+        kept = [count for part in parts for count in part.kept]
+        shared = None
+        if len({part.image for part in parts}) == 1:
+            # Every predicted token starts as the same row: the first block takes it once.
+            shared = SharedRow(segments, tuple(kept))
+            x_RP = self._with_mask_token(context_RP, image=image)
+        else:
+            x_RP = self._assembled(context_RP, parts)
+        tables = [table for part in parts for table in self._rotary_rows(part, like=x_RP)]
         for number, block in enumerate(self.predictor_blocks):
             inputs = x_RP, tables, segments, None if number else shared
             if self.checkpointing:
@@ -121,14 +134,42 @@ class Predictor(nn.Module):
             else:
                 x_RP = block(*inputs)
         x_RP = self.predictor_norm(x_RP)
-        parts = [
-            segment.rows(x_RP).split([index.shape[1], segment.length - index.shape[1]], dim=1)
-            for segment, index in zip(segments, context_groups_BK, strict=True)
+        pairs = [
+            segment.rows(x_RP).split([count, segment.length - count], dim=1)
+            for segment, count in zip(segments, kept, strict=True)
         ]
         context, predicted = (
-            torch.cat([part.flatten(0, 1) for part in kind]) for kind in zip(*parts, strict=True)
+            torch.cat([rows.flatten(0, 1) for rows in kind]) for kind in zip(*pairs, strict=True)
         )
         return predicted, context
+
+    def _with_mask_token(self, context_RP: Tensor, *, image: bool) -> Tensor:
+        """The residual stream's rows of one modality: [R + 1, P], the mask token last."""
+        modality = self.img_mod_embed if image else self.video_mod_embed
+        mask_1P = self.mask_tokens[0][0]
+        # Float32 at least, in parameters of bfloat16 as under autocast, unless told otherwise.
+        stream = self.residual or wide(mask_1P.dtype)
+        return torch.cat((context_RP.to(stream), mask_1P.to(stream))) + modality[0].to(stream)
+
+    def _assembled(self, context_RP: Tensor, parts: Sequence[Asked]) -> Tensor:
+        """Every row of every sequence of several modalities, as the blocks take them."""
+        rows = [sum(index.numel() for index in part.context_groups_BK) for part in parts]
+        return torch.cat(
+            [
+                SharedRow(segments_of(part.shapes), part.kept).spread(
+                    self._with_mask_token(own_RP, image=part.image)
+                )
+                for part, own_RP in zip(parts, context_RP.split(rows), strict=True)
+            ]
+        )
+
+    def _rotary_rows(self, part: Asked, *, like: Tensor) -> list[Tensor]:
+        table = rotary_table(
+            part.grid, self.head_dim, like=like, patch=self.patch,
+            interpolate=self.interpolate_rope, rope=self.rope,
+        )  # fmt: skip
+        pairs = zip(part.context_groups_BK, part.predict_groups_BK, strict=True)
+        return [table[torch.cat(pair, dim=1)] for pair in pairs]
 
     def predict(
         self,

@@ -85,6 +85,7 @@ class Trainer:
     saver: Saver
     max_skips: int
     returns: Returns
+    packed: bool = False
     step: int = 0
     wandb_project: str | None = None
     evaluation: Evaluation | None = None
@@ -226,7 +227,7 @@ class Trainer:
         report = train_step(
             self.jepa, self.engine, self.guard, micro_batches(),
             step=self.step, lr=self.plan.lr(self.step), weight_decay=self.plan.decay(self.step),
-            momentum=self.plan.momentum(self.step), norms_by_part=norms,
+            momentum=self.plan.momentum(self.step), norms_by_part=norms, packed=self.packed,
         )  # fmt: skip
         meter.step(clips=clips, tokens=tokens, flops=flops)
         return report

@@ -4,6 +4,7 @@ Shapes: B batch, N grid tokens, R packed rows of kept tokens, D width, P predict
 groups.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fastjepa.masking.batch import Masks
 from fastjepa.model import Encoder, Predictor
+from fastjepa.model.encoder import Shown
+from fastjepa.model.predictor import Asked
 from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss, mean_of_groups
 from fastjepa.observe.stages import stage
 from fastjepa.train.engine import Engine
@@ -67,84 +70,122 @@ class StepReport:
     grad_norms: dict[str, Tensor] = field(default_factory=dict)
 
 
-def forward(jepa: Jepa, batch: MicroBatch, dtype: torch.dtype) -> LossTerms:
-    """Targets of all tokens, features of the visible ones, predictions of every token, their
-    loss."""
-    targets_MD, levels_RD = _encode(jepa, batch)
-    return _predict(jepa, batch, batch.masks, targets_MD, levels_RD, dtype)
+def forward(jepa: Jepa, batches: Sequence[MicroBatch], dtype: torch.dtype) -> list[LossTerms]:
+    """Targets of all tokens, features of the visible ones, predictions of every token, and the
+    loss of each micro-batch.
+
+    All go through each network as one packed sequence, whatever their shapes and modalities.
+    """
+    targets_MD, levels_RD = _encode(jepa, batches)
+    masks = [batch.masks for batch in batches]
+    return _predict(jepa, batches, masks, targets_MD, levels_RD, dtype)
 
 
-def forward_backward(jepa: Jepa, engine: Engine, batch: MicroBatch) -> LossTerms:
-    """`forward` and its gradients, weighed by the batch's share.
+def forward_backward(
+    jepa: Jepa, engine: Engine, batches: Sequence[MicroBatch]
+) -> Sequence[LossTerms]:
+    """`forward` and its gradients, weighed by the batches' shares.
 
-    With `engine.in_turn` the predictor and the loss go through one mask group after the other,
-    each back to the context features at once: the same sum, and only one group's activations are
-    held.
+    With `engine.in_turn`, for one micro-batch, the predictor and the loss go through one mask
+    group after the other, each back to the context features at once: the same sum, and only one
+    group's activations are held.
     """
     if not engine.in_turn:
         found: list[LossTerms] = []
 
         def loss() -> Tensor:
-            found.append(forward(jepa, batch, engine.dtype))
-            return found[0].total * batch.share
+            found.extend(forward(jepa, batches, engine.dtype))
+            first, *others = (t.total * b.share for t, b in zip(found, batches, strict=True))
+            return sum(others, start=first)
 
         total = engine.forward(loss)
         with stage("backward"):
-            engine.backward(total, last=batch.last)
-        return found[0]
+            engine.backward(total, last=batches[-1].last)
+        return found
+    (batch,) = batches
     with engine.autocast():
-        targets_MD, levels_RD = _encode(jepa, batch)
+        (targets_MD,), levels_RD = _encode(jepa, batches)
     leaves = [level.detach().requires_grad_() for level in levels_RD]
     groups = batch.masks.by_group()
-    rows = [sum(index.numel() for index in group.context) for group in groups]
+    rows = [_rows(group.context) for group in groups]
     parts = []
     for group, *own_levels in zip(groups, *(leaf.split(rows) for leaf in leaves), strict=True):
         with engine.autocast():
-            part = _predict(jepa, batch, group, targets_MD, own_levels, engine.dtype)
+            (part,) = _predict(jepa, batches, [group], [targets_MD], own_levels, engine.dtype)
         with stage("backward"):
             engine.backward(part.total * (batch.share / len(groups)))
         parts.append(part.detached())
     with stage("backward"):
         torch.autograd.backward(levels_RD, [leaf.grad for leaf in leaves])
-    return mean_of_groups(parts)
+    return [mean_of_groups(parts)]
 
 
-def _encode(jepa: Jepa, batch: MicroBatch) -> tuple[list[Tensor], list[Tensor]]:
+def _encode(
+    jepa: Jepa, batches: Sequence[MicroBatch]
+) -> tuple[list[tuple[Tensor, ...]], list[Tensor]]:
+    """The target levels of each micro-batch, and the context encoder's of all."""
     with stage("target"), torch.no_grad():
-        targets_MD = jepa.source(batch.clip, levels=jepa.target_levels)
+        whole = [Shown(batch.clip) for batch in batches]
+        levels_MD = _levels(jepa.source, whole, jepa.target_levels)
+        sizes = [len(batch.clip) * math.prod(jepa.source.grid(batch.clip)) for batch in batches]
+        targets_MD = list(zip(*(_split(level, sizes) for level in levels_MD), strict=True))
     with stage("context"):
-        masks = batch.masks
-        levels_RD = jepa.encoder(batch.clip, masks.context, clips=masks.clips, levels=jepa.levels)
+        seen = [Shown(batch.clip, batch.masks.context, batch.masks.clips) for batch in batches]
+        levels_RD = _levels(jepa.encoder, seen, jepa.levels)
     return targets_MD, levels_RD
+
+
+def _levels(encoder: Encoder, shown: Sequence[Shown], levels: tuple[int, ...]) -> list[Tensor]:
+    (clip, groups, clips), *beside = shown
+    found: list[Tensor] = encoder(clip, groups, clips=clips, levels=levels, beside=beside)
+    return found
 
 
 def _predict(
     jepa: Jepa,
-    batch: MicroBatch,
-    masks: Masks,
-    targets_MD: Sequence[Tensor],
+    batches: Sequence[MicroBatch],
+    masks: Sequence[Masks],
+    targets_MD: Sequence[Sequence[Tensor]],
     levels_RD: Sequence[Tensor],
     dtype: torch.dtype,
-) -> LossTerms:
-    grid, image = jepa.encoder.grid(batch.clip), batch.clip.shape[2] == 1
+) -> list[LossTerms]:
     with stage("predictor"):
+        first, *beside = (
+            Asked(own.context, own.predict, jepa.encoder.grid(batch.clip), batch.clip.shape[2] == 1)
+            for batch, own in zip(batches, masks, strict=True)
+        )
         predicted_RP, context_RP = jepa.predictor(
-            levels_RD, masks.context, masks.predict, grid, image=image
-        )
+            levels_RD, first.context_groups_BK, first.predict_groups_BK, first.grid,
+            image=first.image, beside=beside,
+        )  # fmt: skip
     with stage("loss"):
-        return dense_loss(
-            jepa.objective,
-            predicted_RP=predicted_RP.to(dtype),
-            context_RP=context_RP.to(dtype),
-            predict_head=jepa.predictor.predictor_proj,
-            context_head=jepa.predictor.predictor_proj_context,
-            targets_MD=targets_MD,
-            predict_groups_BK=masks.predict,
-            context_groups_BK=masks.context,
-            weights_BK=masks.weights,
-            context_weight=batch.context_weight,
-            clips=masks.clips,
-        )
+        predicted = _split(predicted_RP.to(dtype), [_rows(own.predict) for own in masks])
+        context = _split(context_RP.to(dtype), [_rows(own.context) for own in masks])
+        return [
+            dense_loss(
+                jepa.objective,
+                predicted_RP=predicted[number],
+                context_RP=context[number],
+                predict_head=jepa.predictor.predictor_proj,
+                context_head=jepa.predictor.predictor_proj_context,
+                targets_MD=targets_MD[number],
+                predict_groups_BK=own.predict,
+                context_groups_BK=own.context,
+                weights_BK=own.weights,
+                context_weight=batch.context_weight,
+                clips=own.clips,
+            )
+            for number, (batch, own) in enumerate(zip(batches, masks, strict=True))
+        ]
+
+
+def _rows(index_groups_BK: Sequence[Tensor]) -> int:
+    return sum(index.numel() for index in index_groups_BK)
+
+
+def _split(x_R: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The rows of each micro-batch; a single one's gradient is not copied on its way back."""
+    return [x_R] if len(sizes) == 1 else x_R.split(sizes)
 
 
 def train_step(
@@ -158,19 +199,24 @@ def train_step(
     weight_decay: float,
     momentum: float,
     norms_by_part: bool = False,
+    packed: bool = False,
 ) -> StepReport:
     """One optimizer step over its micro-batches, then the EMA. Nothing waits for the device.
+
+    The micro-batches run one after the other, or `packed` into one sequence: the same sum, in
+    fewer and larger passes and the memory of all.
 
     On many ranks all take the step or none does: the guard sees the ranks' mean loss, and one
     rank's veto is everyone's. `norms_by_part` adds the gradient norm of each part of the networks
     to the report.
     """
     loss = torch.zeros((), device=engine.device)
-    terms = []
-    for batch in micro_batches:
-        term = forward_backward(jepa, engine, batch)
-        loss = loss + term.total.detach() * batch.share
-        terms.append(term)
+    terms: list[LossTerms] = []
+    for batches in [list(micro_batches)] if packed else ([batch] for batch in micro_batches):
+        found = forward_backward(jepa, engine, batches)
+        for batch, term in zip(batches, found, strict=True):
+            loss = loss + term.total.detach() * batch.share
+        terms += found
     loss = engine.ranks.mean(loss)
     norms = engine.part_norms() if norms_by_part else {}
     grad_norm = engine.grad_norm()

@@ -58,7 +58,7 @@ def guard(sigma: float | None = None) -> LossGuard:
 
 def train(
     jepa: Jepa, engine: Engine, *, ranks: int, steps: range, num: int = 1, momentum: float = 0.9,
-    watch: LossGuard | None = None, spoilt: tuple[int, ...] = (),
+    watch: LossGuard | None = None, spoilt: tuple[int, ...] = (), packed: bool = False,
 ) -> tuple[list[float], list[float], list[float]]:  # fmt: skip
     """Losses, gradient norms and vetoes of steps on this engine's share of `ranks` ranks' data.
 
@@ -73,8 +73,9 @@ def train(
         if step in spoilt and own[-1] == ranks - 1:
             batches[-1].clip[0, 0, 0, 0, 0] = torch.inf
         report = train_step(
-            jepa, engine, watch, batches, step=step, lr=1e-3, weight_decay=0.1, momentum=momentum
-        )
+            jepa, engine, watch, batches, step=step, lr=1e-3, weight_decay=0.1, momentum=momentum,
+            packed=packed,
+        )  # fmt: skip
         losses.append(float(report.loss))
         norms.append(float(report.grad_norm))
         vetoes.append(float(report.veto))

@@ -39,13 +39,15 @@ def error(found: list[float], wanted: list[float]) -> float:
 
 
 def against_one_process(
-    ranks: Ranks, stage: int, *, steps: int = STEPS, checkpointing: bool = False, **options: Any
-) -> Findings:
-    """Steps of videos and images, clipped, one of them spoilt on the last rank alone."""
+    ranks: Ranks, stage: int, *, steps: int = STEPS, checkpointing: bool = False,
+    packed: bool = False, **options: Any,
+) -> Findings:  # fmt: skip
+    """Steps of videos and images, clipped, one of them spoilt on the last rank alone; `packed`
+    into one sequence on the ranks, one after the other in the one process."""
     jepa = networks(seed=ranks.rank if stage else 0, checkpointing=checkpointing)
     made = engine(jepa, ranks, stage, clip=0.5, **options)
     task = {"ranks": ranks.size, "num": 2, "momentum": MOMENTUM, "spoilt": (SPOILT,)}
-    losses, norms, vetoes = train(jepa, made, steps=range(steps), **task)
+    losses, norms, vetoes = train(jepa, made, steps=range(steps), packed=packed, **task)
     found, everyone = state(made), ranks.gather(vetoes)
     if not ranks.first:
         return {}
@@ -171,6 +173,9 @@ def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
             )
         for stage in range(4):
             made[f"sent/{stage}"] = lambda r, s=stage: sent_in_a_step(r, s)  # type: ignore[misc]
+            made[f"packed/{stage}"] = lambda r, s=stage: against_one_process(  # type: ignore[misc]
+                r, s, packed=True, **FULL
+            )
         made["checkpointing/3"] = lambda r: against_one_process(r, 3, checkpointing=True, **FULL)
         made["resumed/1"] = lambda r: resumed_elsewhere(r, 1, 3)
         made["resumed/3"] = lambda r: resumed_elsewhere(r, 3, 0)

@@ -30,9 +30,7 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...
     rows, wide, out = shape
     sizes = ((rows, wide), (out, wide), (out,), (rows, out))
     draw = torch.Generator().manual_seed(0)
-    return tuple(
-        (torch.randn(size, generator=draw) / size[-1] ** 0.25).to(dtype) for size in sizes
-    )
+    return tuple((torch.randn(size, generator=draw) / size[-1] ** 0.25).to(dtype) for size in sizes)
 
 
 @pytest.mark.parametrize("wide_vectors", [False, True])

@@ -25,7 +25,7 @@ def step(
     engine = TorchEngine(
         encoder=jepa.encoder, predictor=jepa.predictor, target=jepa.target, dtype=dtype
     )
-    terms = forward_backward(jepa, engine, micro_batch(golden, jepa.encoder))
+    (terms,) = forward_backward(jepa, engine, [micro_batch(golden, jepa.encoder)])
     grads = [p.grad for _, p in named_parameters(jepa.encoder, jepa.predictor)]
     return terms.total.double(), torch.cat([g.flatten().double() for g in grads if g is not None])
 

@@ -2,14 +2,17 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjepa.masking.batch import MaskMaker, Masks
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
+from fastjepa.model.block import Block
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import TorchEngine, named_parameters
 from fastjepa.train.guard import LossGuard
@@ -115,7 +118,7 @@ def test_micro_batches_add_up_by_their_shares() -> None:
     losses = []
     for batch in batches:
         jepa, engine, _ = make(torch.float64)
-        terms = forward(jepa, batch, torch.float64)
+        (terms,) = forward(jepa, [batch], torch.float64)
         engine.backward(terms.total)
         losses.append(terms.total.detach())
         named = (*jepa.encoder.named_parameters(), *jepa.predictor.named_parameters("predictor"))
@@ -255,7 +258,7 @@ def test_mask_groups_in_turn_equal_the_packed_pass(
     for in_turn in (False, True):
         jepa, engine, _ = make(dtype, in_turn=in_turn)
         batch = replace(micro_batch(share=0.3, dtype=dtype), context_weight=context_weight)
-        terms = forward_backward(jepa, engine, batch)
+        (terms,) = forward_backward(jepa, engine, [batch])
         found.append(
             (terms, {n: p.grad for n, p in named_parameters(jepa.encoder, jepa.predictor)})
         )
@@ -273,6 +276,68 @@ def test_mask_groups_in_turn_equal_the_packed_pass(
             assert torch.allclose(gradient, ours[name], **near), name
 
 
+def clips_and_masks(
+    *, frames: int, crop: int, share: float, truncate: bool = True, context_weight: float = 0.5
+) -> MicroBatch:
+    generator = torch.Generator().manual_seed(frames)
+    clip = torch.randn(2, 3, frames, crop, crop, generator=generator, dtype=torch.float64)
+    groups = (Blocks(3, (0.2, 0.2)), Blocks(1, (0.5, 0.5)))[: 1 if frames == 1 else 2]
+    grid = (max(1, frames // 2), crop // 8, crop // 8)
+    maker = MaskMaker(groups, grid, 2, seed=frames, truncate=truncate)
+    return MicroBatch(clip, maker(0), share, context_weight)
+
+
+def note(passes: list[str], network: nn.Module, *_: object) -> None:
+    passes.append(type(network).__name__)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        # Clips of two lengths and sizes; beside images; with exact masks.
+        [{"frames": 4, "crop": 32, "share": 0.7}, {"frames": 8, "crop": 40, "share": 0.3}],
+        [
+            {"frames": 4, "crop": 32, "share": 0.5},
+            {"frames": 1, "crop": 48, "share": 0.2, "context_weight": 0.0},
+            {"frames": 6, "crop": 32, "share": 0.3, "truncate": False},
+        ],
+    ],
+)
+def test_micro_batches_packed_into_one_sequence_equal_one_after_the_other(
+    streams: list[dict[str, Any]], by_hand: bool
+) -> None:
+    batches = [clips_and_masks(**stream) for stream in streams]
+    found = []
+    for packed in (False, True):
+        jepa, engine, guard = make(torch.float64, in_turn=False)
+        if not by_hand:
+            for network in (jepa.encoder, jepa.predictor, jepa.target):
+                for block in network.modules():
+                    if isinstance(block, Block):
+                        block.by_hand = False
+        passes: list[str] = []
+        for network in (jepa.encoder, jepa.predictor, jepa.target):
+            network.register_forward_hook(partial(note, passes))
+        report = train_step(
+            jepa, engine, guard, batches, step=0, lr=1e-3, weight_decay=0.04, momentum=0.99,
+            norms_by_part=True, packed=packed,
+        )  # fmt: skip
+        assert len(passes) == (3 if packed else 3 * len(batches))
+        found.append((report, everything(jepa, engine)))
+    (alone, one), (together, other) = found
+    near = {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(together.loss, alone.loss)
+    torch.testing.assert_close(together.grad_norms, alone.grad_norms, **near)
+    for mine, theirs in zip(together.terms, alone.terms, strict=True):
+        torch.testing.assert_close(mine.predict_terms, theirs.predict_terms, **near)
+        assert (mine.context_terms is None) == (theirs.context_terms is None)
+        if mine.context_terms is not None:
+            torch.testing.assert_close(mine.context_terms, theirs.context_terms, **near)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("in_turn", [False, True])
 def test_exact_masks_equal_a_pass_of_each_clip_by_itself(in_turn: bool) -> None:
     """Losses, terms by level and gradients: every clip weighs the same, whatever it keeps."""
@@ -284,7 +349,7 @@ def test_exact_masks_equal_a_pass_of_each_clip_by_itself(in_turn: bool) -> None:
     assert masks.clips is not None
     assert len({index.shape[1] for index in masks.context}) > 2
     jepa, engine, _ = make(torch.float64, in_turn=in_turn)
-    together = forward_backward(jepa, engine, MicroBatch(clip, masks, 0.3, 0.5))
+    (together,) = forward_backward(jepa, engine, [MicroBatch(clip, masks, 0.3, 0.5)])
     ours = {n: p.grad for n, p in named_parameters(jepa.encoder, jepa.predictor)}
 
     jepa, engine, _ = make(torch.float64, in_turn=in_turn)
@@ -296,7 +361,7 @@ def test_exact_masks_equal_a_pass_of_each_clip_by_itself(in_turn: bool) -> None:
             for sets in (masks.context, masks.predict, masks.weights)
         )
         batch = MicroBatch(clip[one : one + 1], Masks(context, predict, weights), 0.1, 0.5)
-        alone.append(forward_backward(jepa, engine, batch))
+        alone += forward_backward(jepa, engine, [batch])
     mean = torch.stack([terms.total for terms in alone]).mean()
     assert torch.allclose(together.total, mean, rtol=1e-12, atol=0)
     by_level = torch.stack([terms.predict_terms.mean(0) for terms in alone]).mean(0)
