@@ -9,6 +9,7 @@ rank the same steps in one process.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,8 +47,10 @@ def main() -> None:
     for ranks in arguments.ranks:
         for name, case in curves(ranks, arguments.steps).items():
             kind, _, stage = name.partition("/")
-            kept = {k: case[k] for k in ("loss_error", "losses", "losses_of_one_process")}
-            run = {"ranks": ranks, "stage": int(stage), "dtype": CALLED[kind], **kept}
+            run = {"ranks": ranks, "stage": int(stage), "dtype": CALLED[kind]}
+            run["loss_error"] = case["loss_error"]
+            for key in ("losses", "losses_of_one_process"):
+                run[key] = [loss if math.isfinite(loss) else None for loss in case[key]]
             runs.append(run)
             fits = "within" if case["loss_error"] <= TOLERANCE[kind] else "NOT within"
             print(
