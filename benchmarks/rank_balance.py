@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fastjepa.bench.machine import device_facts
+from fastjepa.bench.traffic import Traffic
 from fastjepa.build import build_jepa
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
@@ -55,9 +56,16 @@ class Kind:
         clip = torch.randn(self.stream.clips, 3, self._frames, crop, crop)
         batch = MicroBatch(clip, self._maker(number), self.share.weight, 0.5)
         started = time.perf_counter()
-        forward_backward(self._jepa, self._engine, batch)
+        forward_backward(self._jepa, self._engine, [batch])
         self.seconds.append(time.perf_counter() - started)
         self._engine.optimizer.zero_grad()
+
+    def bytes(self) -> int:
+        """That the operations of one step read and write."""
+        with Traffic() as counter:
+            self.step(0)
+        self.seconds.pop()
+        return counter.bytes
 
     def operations(self) -> float:
         """The model's, in a mean step."""
@@ -93,6 +101,7 @@ def main() -> None:
                 "balance": balance, "modality": name, "ranks": kind.share.ranks,
                 "batch": kind.stream.clips, "weight": kind.share.weight, "seconds": seconds,
                 "seconds_by_step": kind.seconds[1:], "operations": kind.operations(),
+                "bytes": kind.bytes(),
             }
         )  # fmt: skip
     for balance in ("ratio", "work"):
@@ -101,7 +110,8 @@ def main() -> None:
             f"by {balance}: {image['ranks']} image ranks of {image['batch']}, {video['ranks']} "
             f"video ranks of {video['batch']}: an image rank takes "
             f"{image['seconds'] / video['seconds']:.2f} of a video rank's time, "
-            f"{image['operations'] / video['operations']:.2f} of its operations"
+            f"{image['operations'] / video['operations']:.2f} of its operations, "
+            f"{image['bytes'] / video['bytes']:.2f} of its bytes"
         )
     if arguments.json:
         facts = {"torch": torch.__version__, "device": device_facts(CPU), "ranks": rows}

@@ -102,7 +102,7 @@ def test_in_float64_twin_and_formula_are_one(case: Case, device: torch.device) -
 
 
 @pytest.mark.parametrize(("dtype", "target"), [(FLOAT, FLOAT), (BRAIN, FLOAT), (HALF, BRAIN)])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(case=cases(16, 33, 48, 160))
 def test_it_is_at_most_twice_as_far_off_as_the_formula(
     case: Case, dtype: torch.dtype, target: torch.dtype, backend: str, device: torch.device

@@ -203,13 +203,17 @@ def test_a_momentum_of_zero_gives_the_source(backend: str, device: torch.device)
     assert same_bits(targets, sources)
 
 
-def test_thousand_small_steps_do_not_drift(backend: str, device: torch.device) -> None:
-    """Towards a far source they arrive where they should; at the source they stay."""
+def test_a_thousand_small_steps_do_not_drift(backend: str, device: torch.device) -> None:
+    """Towards a far source they arrive where they should; at the source they stay.
+
+    Triton's interpreter, slow as it is, takes some of them.
+    """
+    steps = 150 if backend == "triton" and device.type == "cpu" else 1000
     far, near = torch.zeros(8, device=device), torch.randn(8, device=device)
     sources = [torch.ones(8, device=device), near.clone()]
-    for _ in range(1000):
+    for _ in range(steps):
         ema_update([far, near], sources, 0.99925, backend=backend)
-    torch.testing.assert_close(far, torch.full_like(far, 1 - 0.99925**1000), rtol=1e-5, atol=0)
+    torch.testing.assert_close(far, torch.full_like(far, 1 - 0.99925**steps), rtol=1e-5, atol=0)
     assert torch.equal(near, sources[1])
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,19 +42,20 @@ observe: {{pictures: false}}
 """
 
 
+def write_tiny(place: Path, name: str = "run", **changes: object) -> Path:
+    """A tiny recipe whose run folder lies beside it, written to a file of its own."""
+    values = {
+        "mix": "accumulate", "workers": 0, "accumulate": 1, "dtype": "float32", "lengths": "[]"
+    } | changes  # fmt: skip
+    path = place / f"{name}.yaml"
+    path.write_text(TINY.format(folder=place / name, **values))
+    return path
+
+
 @pytest.fixture
 def write_recipe(tmp_path: Path) -> Callable[..., Path]:
-    """A tiny recipe of the given run folder, written to a file of its own."""
-
-    def write(name: str = "run", **changes: object) -> Path:
-        values = {
-            "mix": "accumulate", "workers": 0, "accumulate": 1, "dtype": "float32", "lengths": "[]"
-        } | changes  # fmt: skip
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(TINY.format(folder=tmp_path / name, **values))
-        return path
-
-    return write
+    """`write_tiny` into the test's own folder."""
+    return partial(write_tiny, tmp_path)
 
 
 def command(recipe: Path, *overrides: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,13 @@ from torch import Tensor
 
 from fastjepa.checkpoint import latest_checkpoint
 
-from .conftest import finish, run, start, wait_for_step
+from .conftest import finish, run, start, wait_for_step, write_tiny
 
 Write = Callable[..., Path]
+Straight = Callable[..., Path]
+# Of every run; a checkpoint is due every 5, and at the end.
+STEPS = 12
+STEPS_KEY = f"train.steps={STEPS}"
 
 
 def weights(folder: Path, step: int) -> dict[str, Tensor]:
@@ -34,6 +39,20 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name].nan_to_num(-1.0), b[name].nan_to_num(-1.0)), name
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """The folder of a run that nothing stops, in one process, made once for the same settings."""
+
+    @cache
+    def made(**settings: object) -> Path:
+        recipe = write_tiny(tmp_path_factory.mktemp("straight"), **settings)
+        code, out = run(recipe, STEPS_KEY)
+        assert code == 0, out
+        return recipe.with_suffix("")
+
+    return lambda **settings: made(**(settings | {"workers": 0}))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -47,28 +66,31 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         },
     ],
 )
-def test_killed_run_ends_bit_identical(write_recipe: Write, settings: dict[str, object]) -> None:
-    straight, cut = write_recipe("straight", **settings), write_recipe("cut", **settings)
-    assert run(straight)[0] == 0
-    process = start(cut)
-    wait_for_step(cut.with_suffix(""), 12, process)
+def test_killed_run_ends_bit_identical(
+    write_recipe: Write, straight: Straight, settings: dict[str, object]
+) -> None:
+    cut = write_recipe("cut", **settings)
+    process = start(cut, STEPS_KEY)
+    wait_for_step(cut.with_suffix(""), 7, process)
     process.send_signal(signal.SIGKILL)
     finish(process)
-    code, out = run(cut)
+    code, out = run(cut, STEPS_KEY)
     assert code == 0
     assert "resumed from" in out
-    assert_same(weights(straight.with_suffix(""), 20), weights(cut.with_suffix(""), 20))
+    assert_same(weights(straight(**settings), STEPS), weights(cut.with_suffix(""), STEPS))
     steps = [
         json.loads(line)["step"]
         for line in (cut.with_suffix("") / "metrics.jsonl").read_text().splitlines()
     ]
-    assert steps == list(range(1, 21))
+    assert steps == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signal_saves_and_says_how_to_go_on(write_recipe: Write, name: str) -> None:
+def test_signal_saves_and_says_how_to_go_on(
+    write_recipe: Write, straight: Straight, name: str
+) -> None:
     recipe = write_recipe("run", workers=1)
-    process = start(recipe)
+    process = start(recipe, STEPS_KEY)
     wait_for_step(recipe.with_suffix(""), 3, process)
     process.send_signal(getattr(signal, name))
     code, out = finish(process)
@@ -77,11 +99,9 @@ def test_signal_saves_and_says_how_to_go_on(write_recipe: Write, name: str) -> N
     assert f"train {recipe}" in out.split("to go on: ")[1]
     saved = latest_checkpoint(recipe.with_suffix(""))
     assert saved is not None
-    code, out = run(recipe)
+    code, out = run(recipe, STEPS_KEY)
     assert code == 0
-    straight = write_recipe("straight", workers=0)
-    assert run(straight)[0] == 0
-    assert_same(weights(straight.with_suffix(""), 20), weights(recipe.with_suffix(""), 20))
+    assert_same(weights(straight(), STEPS), weights(recipe.with_suffix(""), STEPS))
 
 
 def test_finished_run_says_so(write_recipe: Write) -> None:
@@ -98,8 +118,6 @@ def test_finished_run_says_so(write_recipe: Write) -> None:
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
 
 
-def test_only_the_last_checkpoints_stay(write_recipe: Write) -> None:
-    recipe = write_recipe("run")
-    assert run(recipe)[0] == 0
-    kept = sorted(p.name for p in (recipe.with_suffix("") / "checkpoints").glob("step-*"))
-    assert kept == ["step-00000015", "step-00000020"]
+def test_only_the_last_checkpoints_stay(straight: Straight) -> None:
+    kept = sorted(p.name for p in (straight() / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000010", "step-00000012"]
