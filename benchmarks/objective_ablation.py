@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder for data and runs")
     parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.add_argument("--steps", type=int, default=640, help="a multiple of 16")
+    parser.add_argument("--steps", type=int, default=1280, help="a multiple of 16")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="others can run beside these"
     )

@@ -1,6 +1,7 @@
 """The figures of objective_ablation.py as a table and as curves over training."""
 
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,19 +31,36 @@ _COLOURS = ("#8c8c8c", "#1f4e79", "#e0a458", "#7a9e7e")
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """A table: rows are measures, a column an objective; mean of the seeds, lowest to highest."""
+    """Two tables: rows are measures, a column an objective; mean of the seeds, lowest to highest.
+
+    The second one has each objective less the one before it, seed by seed.
+    """
     runs, last = found["runs"], str(found["steps"])
-    rows = [["", "untrained", *runs], ["---"] * (2 + len(runs))]
+    names = list(runs)
+    figures = [["", "untrained", *names]]
+    gains = [["", *(f"{name} less {before}" for before, name in pairwise(names))]]
     for measure in MEASURES:
-        cells = []
-        for step, names in (("0", list(runs)[:1]), (last, list(runs))):
-            for name in names:
-                values = _values(runs[name], measure, step)
-                cells.append(
-                    f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-                )
-        rows.append([measure.title, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+        of = {name: _values(runs[name], measure, last) for name in names}
+        untrained = _values(runs[names[0]], measure, "0")
+        figures.append([measure.title, *(_spread(v) for v in (untrained, *of.values()))])
+        steps = [
+            [b - a for a, b in zip(of[one], of[other], strict=True)]
+            for one, other in pairwise(names)
+        ]
+        gains.append([measure.title, *(_spread(gain, "+") for gain in steps)])
+    return f"{_table(figures)}\n{_table(gains)}"
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    low, mean, high = (
+        f"{value:{sign}.3f}" for value in (min(values), statistics.mean(values), max(values))
+    )
+    return f"{mean} ({low} to {high})"
+
+
+def _table(rows: list[list[str]]) -> str:
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _values(seeds: dict[str, Any], measure: Measure, step: str) -> list[float]:
