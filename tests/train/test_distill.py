@@ -19,7 +19,7 @@ from fastjepa.observe.sinks import read_metrics
 from fastjepa.train.loop import Trainer
 from fastjepa.train.signals import StopRequest
 
-from .conftest import run
+from .conftest import finish, start
 
 Write = Callable[..., Path]
 SIZES = {"width": 64, "depth": 6, "heads": 4, "mlp_width": 96}
@@ -159,7 +159,7 @@ def test_deepspeed_distils_as_one_process_does(write_recipe: Write, tmp_path: Pa
     pytest.importorskip("deepspeed")
     changes = overrides(teacher(tmp_path / "teacher.safetensors"), steps=3)
     trained(write_recipe("one"), *changes)
-    code, out = run(write_recipe("sharded"), *changes, "engine.kind=deepspeed")
+    code, out = finish(start(write_recipe("sharded"), *changes, "engine.kind=deepspeed"))
     assert code == 0, out
     one, sharded = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "sharded"))
     assert [row["loss"] for row in sharded] == pytest.approx([r["loss"] for r in one], rel=1e-4)
