@@ -34,8 +34,8 @@ from fastjepa.train.signals import stop_on_signals
 
 SIZE, FRAMES, FPS, BATCH = 48, 4, 8.0, 12
 PATCH, TUBELET, DIGIT = 8, 2, 24  # pixels, frames, pixels
-# Shares of the steps after which features are probed. 0 is before the first.
-CURVE = (0.0, 0.0625, 0.125, 0.25, 0.5, 1.0)
+# Shares of the steps after which features are probed, as they are before the first.
+CURVE = (0.0625, 0.125, 0.25, 0.5, 1.0)
 
 
 class Arm(NamedTuple):
@@ -86,7 +86,7 @@ def recipe(objective: str, seed: int, work: Path, steps: int) -> Recipe:
                 "start_lr": 1e-4, "lr": 1e-3, "warmup": "8.9%", "ema": {"half_life": "0.7%"},
             },
             "train": {
-                "steps": steps, "checkpoint_every": int(steps * CURVE[1]), "keep_checkpoints": 20,
+                "steps": steps, "checkpoint_every": int(steps * CURVE[0]), "keep_checkpoints": 20,
                 "log_every": 20,
             },
             "engine": {"device": "auto", "dtype": "float32"},
@@ -126,7 +126,7 @@ def run(objective: str, seed: int, work: Path, steps: int, parts: Mapping[str, P
                 write_text(file, json.dumps(found))
             if trainer.step < steps and not trainer.run(stop):
                 return False
-        for step in (int(steps * share) for share in CURVE[1:]):
+        for step in (int(steps * share) for share in CURVE):
             if str(step) in found:
                 continue
             encoder = load(chosen.run.folder / CHECKPOINTS / f"step-{step:08d}")

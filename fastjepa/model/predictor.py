@@ -18,7 +18,7 @@ from fastjepa.model.block import EPS, Block, LayerNorm
 from fastjepa.model.checkpointing import run_checkpointed
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
-from fastjepa.model.segments import SharedRow, segments_of
+from fastjepa.model.segments import SharedRow, num_rows, segments_of
 from fastjepa.presets import Rope
 from fastjepa_kernels.precision import wide
 
@@ -153,7 +153,7 @@ class Predictor(nn.Module):
 
     def _assembled(self, context_RP: Tensor, parts: Sequence[Asked]) -> Tensor:
         """Every row of every sequence of several modalities, as the blocks take them."""
-        rows = [sum(index.numel() for index in part.context_groups_BK) for part in parts]
+        rows = [num_rows(part.context_groups_BK) for part in parts]
         return torch.cat(
             [
                 SharedRow(segments_of(part.shapes), part.kept).spread(

@@ -43,6 +43,11 @@ def segments_of(shapes: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
     return tuple(place())
 
 
+def num_rows(index_groups_BK: Sequence[Tensor]) -> int:
+    """Packed rows of some groups of index sets [B, K]."""
+    return sum(index.numel() for index in index_groups_BK)
+
+
 @dataclass(frozen=True)
 class SharedRow:
     """Sequences that end in copies of one row, which their packed matrix [U, ...] holds once, last.

@@ -15,6 +15,7 @@ from fastjepa.masking.batch import Masks
 from fastjepa.model import Encoder, Predictor
 from fastjepa.model.encoder import Shown
 from fastjepa.model.predictor import Asked
+from fastjepa.model.segments import num_rows
 from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss, mean_of_groups
 from fastjepa.observe.stages import stage
 from fastjepa.train.engine import Engine
@@ -107,7 +108,7 @@ def forward_backward(
         (targets_MD,), levels_RD = _encode(jepa, batches)
     leaves = [level.detach().requires_grad_() for level in levels_RD]
     groups = batch.masks.by_group()
-    rows = [_rows(group.context) for group in groups]
+    rows = [num_rows(group.context) for group in groups]
     parts = []
     for group, *own_levels in zip(groups, *(leaf.split(rows) for leaf in leaves), strict=True):
         with engine.autocast():
@@ -159,8 +160,8 @@ def _predict(
             image=first.image, beside=beside,
         )  # fmt: skip
     with stage("loss"):
-        predicted = _split(predicted_RP.to(dtype), [_rows(own.predict) for own in masks])
-        context = _split(context_RP.to(dtype), [_rows(own.context) for own in masks])
+        predicted = _split(predicted_RP.to(dtype), [num_rows(own.predict) for own in masks])
+        context = _split(context_RP.to(dtype), [num_rows(own.context) for own in masks])
         return [
             dense_loss(
                 jepa.objective,
@@ -177,10 +178,6 @@ def _predict(
             )
             for number, (batch, own) in enumerate(zip(batches, masks, strict=True))
         ]
-
-
-def _rows(index_groups_BK: Sequence[Tensor]) -> int:
-    return sum(index.numel() for index in index_groups_BK)
 
 
 def _split(x_R: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

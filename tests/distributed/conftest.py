@@ -5,11 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
+
+from .. import waiting
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -70,21 +71,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in below if "train" in child.cmdline()]
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    wait_until(lambda: len(rows(folder)) >= step, process)
-
-
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    """Until one is whole: it is written beside the training."""
-    wait_until((folder / "checkpoints/latest").exists, process)
-
-
-def wait_until(there: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 500
-    while not there():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+wait_for_step = partial(waiting.wait_for_step, seconds=500)
+wait_for_checkpoint = partial(waiting.wait_for_checkpoint, seconds=500)
 
 
 def free_port() -> str:

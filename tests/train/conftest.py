@@ -2,10 +2,8 @@
 
 import io
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -14,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from fastjepa.cli import main
+
+from .. import waiting
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,13 +92,5 @@ def run(recipe: Path, *overrides: str) -> tuple[int, str]:
     return code, told.getvalue()
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Until metrics.jsonl holds `step` lines."""
-    deadline = time.monotonic() + 200
-    path = folder / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_bytes().count(b"\n") >= step:
-            return
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    raise AssertionError(f"step {step} never came: {finish(process)}")
+wait_for_step = partial(waiting.wait_for_step, seconds=200)
+wait_for_checkpoint = partial(waiting.wait_for_checkpoint, seconds=200)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from fastjepa.checkpoint import latest_checkpoint
 
-from .conftest import finish, run, start, wait_for_step, write_tiny
+from .conftest import finish, run, start, wait_for_checkpoint, wait_for_step, write_tiny
 
 Write = Callable[..., Path]
 Straight = Callable[..., Path]
@@ -73,8 +72,7 @@ def test_killed_run_ends_bit_identical(
     cut = write_recipe("cut", **settings)
     process = start(cut, STEPS_KEY)
     wait_for_step(cut.with_suffix(""), 7, process)
-    while latest_checkpoint(cut.with_suffix("")) is None and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_checkpoint(cut.with_suffix(""), process)
     process.send_signal(signal.SIGKILL)
     finish(process)
     code, out = run(cut, STEPS_KEY)
