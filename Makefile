@@ -12,9 +12,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(INSTALLED)
 	$(BIN)/fastjepa train configs/demo.yaml
 
-# Two files of tests at a time, by name: the long ones, of many ranks, then are not the last.
+# Two files of tests at a time, by name: the long ones, of many ranks, then are not the last. The
+# second process that hangs or crashes ends the run.
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

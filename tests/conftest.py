@@ -1,9 +1,33 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which has to be asked for before
-anything imports Triton."""
+"""How the tests run: Triton without a GPU, and what shares the machine.
+
+Without a GPU, Triton's kernels run in its interpreter, which has to be asked for before anything
+imports Triton.
+"""
 
 import os
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+MANY_RANKS = ("tests/distributed/", "tests/launch/")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "LoadFileScheduling":
+    """Files of tests go to whoever is free; those that start many ranks to one of them, one after
+    the other, so that no two of these wait for the same few cores."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneOfManyRanks(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "many ranks" if nodeid.startswith(MANY_RANKS) else super()._split_scope(nodeid)
+
+    return OneOfManyRanks(config, log)

@@ -1,9 +1,39 @@
-"""Waiting for what a running process does."""
+"""Waiting for what a running process does, but not for ever."""
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_ranks(command: list[str], *, seconds: float) -> str:
+    """The output of a command that starts ranks, with one thread each.
+
+    AssertionError with the output if it fails, or takes more than `seconds`: then it and all that
+    it forked say where they are, and are killed.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # Python's handler of SIGABRT writes the stacks of all threads.
+        os.killpg(process.pid, signal.SIGABRT)
+        with suppress(subprocess.TimeoutExpired):
+            out, _ = process.communicate(timeout=30)
+            raise AssertionError(f"not over after {seconds:g} s: {command}\n{out}") from None
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, out
+    return out
 
 
 def wait_until(

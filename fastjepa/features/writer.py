@@ -105,7 +105,7 @@ def _write_zarr(path: Path, features: Mapping[int, Tensor], metadata: dict[str, 
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        group = zarr.open_group(temporary, mode="w", attributes=metadata)
+        group = zarr.open_group(temporary, mode="w", attributes={**metadata})
         for level, x_THWD in features.items():
             # One step a chunk: reading a time reads little more.
             array = _array(x_THWD)

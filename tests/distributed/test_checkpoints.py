@@ -6,8 +6,6 @@ and by the engine of one process.
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +15,10 @@ import pytest
 
 from fastjepa.checkpoint import load_checkpoint
 
+from ..waiting import run_ranks
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +26,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     """The run's folder and what its ranks found."""
     place = tmp_path_factory.mktemp("run")
     worker = Path(__file__).with_name("checkpoints_worker.py")
-    ended = subprocess.run(
-        [sys.executable, str(worker), str(place / "run"), str(place / "out.json")], cwd=ROOT,
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run_ranks(
+        [sys.executable, str(worker), str(place / "run"), str(place / "out.json")], seconds=800
+    )
     return place / "run", json.loads((place / "out.json").read_text())
 
 

@@ -5,16 +5,15 @@ benchmarks/kill_training.py does it a hundred times, at three ZeRO stages.
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ..waiting import run_ranks
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -22,14 +21,13 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "kills.json"
-    ended = subprocess.run(
+    run_ranks(
         [
             sys.executable, "benchmarks/kill_training.py", "--kills", "3", "--stages", "2",
             "--json", str(out), "--timeout", "300",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=1500,
+        seconds=800,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads(out.read_text())
     assert (found["kills"], found["failed"]) == (3, 0)
     assert found["runs_to_their_end"] >= 1

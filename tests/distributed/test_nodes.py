@@ -8,13 +8,14 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
+from ..waiting import wait_until
 from .conftest import (
     finish,
     free_port,
@@ -57,8 +58,8 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Node, Node]]]:
         port = free_port()
         where = f"localhost:{port}"
         for number in (0, 1):
-            if number:
-                wait_for_port(int(port))  # the first node holds the rendezvous
+            if number:  # the first node holds the rendezvous
+                wait_until(partial(listens, int(port)), started[0], seconds=500)
             started.append(
                 start(
                     TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}",
@@ -73,15 +74,12 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Node, Node]]]:
         if node.poll() is None:
             send(node, signal.SIGCONT)
             send(node, signal.SIGKILL)
-        node.communicate()
+        node.communicate(timeout=A_MINUTE)
 
 
-def wait_for_port(port: int) -> None:
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("localhost", port)) == 0:
-                return
-        time.sleep(0.1)
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
 
 
 def errors(out: str) -> list[str]:

@@ -6,8 +6,6 @@ found.
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ import pytest
 from fastjepa.observe.states import LAYOUTS
 from fastjepa.planning.communication import step_traffic
 
+from ..waiting import run_ranks
+
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-ROOT = Path(__file__).parents[2]
 STAGES = (0, 1, 2, 3)
 # Clips, masks and weights are the same: what is left is the order in which sums are taken.
 FULL, HALF = 1e-5, 1e-3
@@ -40,11 +39,7 @@ def findings(
     out = tmp_path_factory.mktemp("ranks") / "findings.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     worker = str(Path(__file__).with_name("worker.py"))
-    ended = subprocess.run(
-        [*launch, str(request.param), worker, str(out)], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1200,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run_ranks([*launch, str(request.param), worker, str(out)], seconds=800)
     return request.param, json.loads(out.read_text())
 
 
