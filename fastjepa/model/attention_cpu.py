@@ -1,9 +1,10 @@
 """Attention on a CPU, by what runs fastest.
 
 PyTorch's flash kernels in float32, and in bfloat16 plain products (attention_products.py) on long
-sequences. Measured with two threads of an EPYC (benchmarks/cpu_choices.py): flash's backward gains
-a tenth when long sequences give it their keys 256 at a time, so that its scores stay in a core's
-cache; in bfloat16 flash only beats itself in float32 on long sequences, and products beat both.
+sequences. Measured with two threads of two EPYCs (benchmarks/cpu_choices.py): flash's backward
+gains up to a tenth when long sequences give it their keys 256 at a time, so that its scores stay in
+a core's cache, where the processor has AVX-512 and 1 MiB of it; with AVX2 and 512 KiB it loses as
+much. In bfloat16 flash only beats itself in float32 on long sequences, and products beat both.
 
 Shapes: B sequences, H heads, K tokens, C head channels.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.model import attention_products
+from fastjepa.model.products_cpu import wide_vectors
 
 # From this length on the flash kernel takes 256 queries at a time, and keys are worth splitting
 # likewise.
@@ -67,7 +69,7 @@ def backward(
         return grads[0], grads[1], grads[2]
 
     length = k_BHKC.shape[2]
-    if length < LONG or q_BHKC.dtype != torch.float32:
+    if length < LONG or q_BHKC.dtype != torch.float32 or not wide_vectors():
         return part(slice(None))
     dq = torch.zeros_like(q_BHKC)
     dk, dv = torch.empty_like(k_BHKC), torch.empty_like(v_BHKC)

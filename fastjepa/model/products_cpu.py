@@ -26,11 +26,12 @@ def _by_onednn(x: Tensor) -> bool:
         return False
     # In bfloat16 it needs instructions that older processors lack (AVX-512, or AVX-NE-CONVERT).
     bf16: bool = x.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported()
-    return bf16 or (x.dtype == torch.float32 and _wide_vectors())
+    return bf16 or (x.dtype == torch.float32 and wide_vectors())
 
 
 @lru_cache(maxsize=1)
-def _wide_vectors() -> bool:
+def wide_vectors() -> bool:
+    """Whether the processor has AVX-512; those that do have 1 MiB of second-level cache or more."""
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 

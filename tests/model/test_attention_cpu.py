@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastjepa.model import attention_products
+from fastjepa.model import attention_cpu, attention_products
 from fastjepa.model.attention_cpu import (
     LONG,
     LONG_IN_BFLOAT16,
@@ -25,8 +25,15 @@ def normal(*shape: int, deviation: float = 1.0, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("length", [1, 5, 300, LONG - 1, LONG, LONG + 130])
-def test_values_and_gradients_are_those_of_plain_attention(length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("length", "split"),
+    [(1, True), (5, True), (300, True), (LONG - 1, True), (LONG, True), (LONG + 130, True),
+     (LONG + 130, False)],
+)  # fmt: skip
+def test_values_and_gradients_are_those_of_plain_attention(
+    length: int, split: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_cpu, "wide_vectors", lambda: split)
     q, k, v, upstream = (normal(1, 2, length, 8, seed=seed) for seed in range(4))
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
     exact = plain(*leaves)
@@ -41,8 +48,11 @@ def test_values_and_gradients_are_those_of_plain_attention(length: int, dtype: t
         assert (ours.double() - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1.0)
 
 
-@pytest.mark.parametrize("length", [300, LONG + 130])
-def test_in_float32_it_is_as_exact_as_pytorchs_own(length: int) -> None:
+@pytest.mark.parametrize(("length", "split"), [(300, True), (LONG + 130, True), (1000, False)])
+def test_in_float32_it_is_as_exact_as_pytorchs_own(
+    length: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_cpu, "wide_vectors", lambda: split)
     q, k, v, upstream = (normal(1, 2, length, 16, seed=seed).float() for seed in range(4))
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     exact = torch.autograd.grad(plain(*wide), wide, upstream.double())

@@ -42,7 +42,7 @@ def test_each_product_is_the_plain_one(
     wide_vectors: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products_cpu, "_wide_vectors", lambda: wide_vectors)
+    monkeypatch.setattr(products_cpu, "wide_vectors", lambda: wide_vectors)
     x, weight, bias, dy = inputs(shape, dtype)
     X, W, b, DY = (t.double() for t in (x, weight, bias, dy))
     exact = F.linear(X, W, b)
@@ -64,7 +64,7 @@ def test_a_wider_residual_keeps_its_precision() -> None:
 
 def test_without_onednn_all_is_the_plain_product(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias, dy = inputs((7, 24, 16), torch.float32)
-    monkeypatch.setattr(products_cpu, "_wide_vectors", lambda: True)
+    monkeypatch.setattr(products_cpu, "wide_vectors", lambda: True)
     fast = [
         linear(x, weight, bias), linear_gelu(x, weight, bias), linear_add(x, dy, weight, bias),
         grad_input(dy, weight),
