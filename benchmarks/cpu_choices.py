@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.model import attention_cpu
+from fastjepa.model.products_cpu import multiplies_bfloat16
 
 PRODUCTS = ((4096, 384, 1536), (4096, 1536, 384), (1120, 384, 1536), (448, 192, 768))
 SEQUENCES = ((1, 12, 2048, 32), (1, 12, 1024, 32), (1, 6, 608, 64), (4, 12, 236, 32))
@@ -67,7 +68,7 @@ def attention(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float
     """Flash attention with all keys at once against the way we choose, in the dtypes that the
     processor multiplies."""
     calls: dict[str, Callable[[], object]] = {}
-    narrow = [torch.bfloat16] if _onednn._is_mkldnn_bf16_supported() else []
+    narrow = [torch.bfloat16] if multiplies_bfloat16() else []
     for dtype in (torch.float32, *narrow):
         q, k, v, grad = (torch.randn(shape, dtype=dtype) for _ in range(4))
         out, lse = _flash(q, k, v)

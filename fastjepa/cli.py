@@ -15,6 +15,7 @@ from fastjepa.cli_plan import plan
 from fastjepa.cli_probe import probe_app
 from fastjepa.cli_weights import explore, export, features, models
 from fastjepa.indexing import index
+from fastjepa.observe.processes import usable_cores
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -197,7 +198,7 @@ def synth_moving_digits(
     split: Annotated[str, typer.Option(help="train or test: no digit image is in both")] = "train",
     seed: Annotated[int, typer.Option(help="same seed, same files")] = 0,
     codec: Annotated[str, typer.Option(help="h264, hevc, vp9, vp8, av1, mpeg4, mjpeg")] = "h264",
-    workers: Annotated[int, typer.Option(min=1, help="processes")] = os.cpu_count() or 1,
+    workers: Annotated[int, typer.Option(min=1, help="processes")] = usable_cores(),
 ) -> None:
     """Handwritten digits moving over textures, with masks, classes, positions and velocities."""
     from rich.progress import track

@@ -106,14 +106,13 @@ def bench_data(
     from fastjepa.bench.data_report import as_text, draw
     from fastjepa.bench.data_results import Setting
     from fastjepa.data.manifest import read_manifest
+    from fastjepa.observe.processes import usable_cores
 
     _check_folders(json=json, chart=chart)
     files = [entry for entry in read_manifest(manifest) if entry.kind == "video"]
     if not files:
         raise ValueError(f"{manifest}: no videos, nothing to measure")
-    setting = Setting(
-        len(files), frames, fps, crop, batch, workers or len(os.sched_getaffinity(0)), seconds
-    )
+    setting = Setting(len(files), frames, fps, crop, batch, workers or usable_cores(), seconds)
     settings = [
         f"{manifest if manifest.startswith('package:') else 'MANIFEST'} --frames {frames}",
         f"--fps {fps:g} --crop {crop} --batch {batch} --workers {setting.workers}",

@@ -8,7 +8,6 @@ reported and hurts nothing. The self-tests are in selftest.py.
 """
 
 import importlib.util
-import os
 import platform
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from rich.table import Table
 
 from fastjepa.model.attention_backends import ALL
 from fastjepa.model.block_compiled import compile_refusal
+from fastjepa.observe.processes import usable_cores
 from fastjepa_kernels.backend import choose
 
 OLDEST_TORCH = (2, 11)
@@ -181,7 +181,7 @@ def _torch() -> Finding:
         build = f"for CUDA {torch.version.cuda}"
     elif torch.version.hip:
         build = f"for ROCm {torch.version.hip}"
-    threads, cores = torch.get_num_threads(), os.cpu_count()
+    threads, cores = torch.get_num_threads(), usable_cores()
     about = (
         f"{torch.__version__}, built {build}; {threads} threads of {cores} logical cores, "
         f"{torch.backends.cpu.get_cpu_capability()}"

@@ -1,6 +1,5 @@
 """`fastjepa index`: probe the files of a manifest and write what was found as a Parquet list."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +36,7 @@ def index(
     from fastjepa.data.probe_notes import ProbeNotes
     from fastjepa.data.probe_pool import probe_all
     from fastjepa.observe.atomic_file import atomic_file
+    from fastjepa.observe.processes import usable_cores
 
     if find_spec("pyarrow") is None:
         raise ValueError("an index needs pyarrow (pip install pyarrow)")
@@ -66,7 +66,7 @@ def index(
             for row, facts in probe_all(
                 ((row, files[row]) for row in rows),
                 cache=cache,
-                workers=min(workers or len(os.sched_getaffinity(0)), len(rows)),
+                workers=min(workers or usable_cores(), len(rows)),
                 limit=limit,
             ):
                 notes.add(files[row].path, states[row], vars(facts))

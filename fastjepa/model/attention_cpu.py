@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.model import attention_products
-from fastjepa.model.products_cpu import wide_vectors
+from fastjepa.model.products_cpu import multiplies_bfloat16, wide_vectors
 
 # From this length on the flash kernel takes 256 queries at a time, and keys are worth splitting
 # likewise.
@@ -33,7 +33,7 @@ def attention_dtype(dtype: torch.dtype, length: int) -> torch.dtype:
 def _by_products(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:
     return (
         q_BHKC.dtype == torch.bfloat16
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and multiplies_bfloat16()
         and attention_products.scores_are_small(q_BHKC, k_BHKC)
     )
 

@@ -21,12 +21,16 @@ MANY_ROWS = 2048
 _onednn = torch.ops.mkldnn
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN is there, which it is not on a Mac, with the instructions that bfloat16 needs
+    (AVX-512, or AVX-NE-CONVERT)."""
+    return torch.backends.mkldnn.is_available() and bool(_onednn._is_mkldnn_bf16_supported())
+
+
 def _by_onednn(x: Tensor) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    # In bfloat16 it needs instructions that older processors lack (AVX-512, or AVX-NE-CONVERT).
-    bf16: bool = x.dtype == torch.bfloat16 and _onednn._is_mkldnn_bf16_supported()
-    return bf16 or (x.dtype == torch.float32 and wide_vectors())
+    if x.dtype == torch.bfloat16:
+        return multiplies_bfloat16()
+    return x.dtype == torch.float32 and wide_vectors() and torch.backends.mkldnn.is_available()
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,14 @@
-"""What this process and those it started use: CPU time and memory."""
+"""What this process and those it started may use, and use: cores, CPU time and memory."""
 
+import os
 from collections.abc import Collection
+
+
+def usable_cores() -> int:
+    """Logical cores that this process may run on; all, where the system does not tell (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_seconds() -> float:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastjepa.model import products_cpu
+from fastjepa.model import attention_cpu, products_cpu
+from fastjepa.model.attention_cpu import LONG_IN_BFLOAT16
 from fastjepa.model.products_cpu import (
     MANY_ROWS,
     grad_input,
@@ -75,6 +76,23 @@ def test_without_onednn_all_is_the_plain_product(monkeypatch: pytest.MonkeyPatch
         grad_input(dy, weight),
     ]  # fmt: skip
     torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pytorch_without_onednn_is_asked_for_none(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a Mac, where torch.ops.mkldnn is empty."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(products_cpu, "_onednn", None)
+    monkeypatch.setattr(products_cpu, "wide_vectors", lambda: True)
+    x, weight, bias, dy = inputs((7, 24, 16), dtype)
+    assert torch.equal(linear(x, weight, bias), torch.addmm(bias, x, weight.t()))
+    assert torch.equal(grad_input(dy, weight), dy @ weight)
+    assert torch.equal(grad_weight(dy, x), dy.t() @ x)
+    q, k, v = torch.randn(3, 1, 2, LONG_IN_BFLOAT16, 16).to(dtype)
+    out, _ = attention_cpu.forward(q, k, v)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v))
 
 
 def test_inputs_stay_as_they_are() -> None:
