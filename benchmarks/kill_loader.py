@@ -34,7 +34,7 @@ from fastjepa.data.files import Entry
 from fastjepa.data.loader import Loader, WorkerDiedError
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.numbered import write_numbered
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 SHARED = Path("/dev/shm")
 PHASES = ("start", "work", "close")

@@ -54,7 +54,7 @@ from fastjepa.checkpoint.layout import newest_first
 from fastjepa.checkpoint.manifest import read_manifest
 from fastjepa.cli import main as fastjepa_main
 from fastjepa.data.numbered import write_numbered
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 from fastjepa.observe.sinks import read_metrics
 
 RANKS, STEPS, STAGES = 2, 20, (1, 2, 3)

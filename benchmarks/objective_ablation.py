@@ -23,11 +23,11 @@ from PIL import Image
 
 from fastjepa.bench.machine import commit, device_facts, versions
 from fastjepa.build import build
-from fastjepa.checkpoint.durable import write_text
 from fastjepa.checkpoint.layout import CHECKPOINTS
 from fastjepa.config.schema import Recipe
 from fastjepa.data.moving_digits import MovingDigits
 from fastjepa.data.write_digits import MANIFEST, write_digits
+from fastjepa.durable import write_text
 from fastjepa.observe.console import Console
 from fastjepa.pretrained import load
 from fastjepa.train.signals import stop_on_signals

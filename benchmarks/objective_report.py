@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 
 class Measure(NamedTuple):

@@ -14,7 +14,6 @@ import torch
 import fastjepa
 from fastjepa.build_data import datasets_of, loaders_of, quarantine_of
 from fastjepa.checkpoint import claim_run_folder
-from fastjepa.checkpoint.durable import write_text
 from fastjepa.config.key_ledger import flat_keys
 from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
@@ -22,6 +21,7 @@ from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
 from fastjepa.data.mixture import Mixture
 from fastjepa.distillation import check_teacher, load_teacher
+from fastjepa.durable import write_text
 from fastjepa.evaluation import MOST_FRAMES, ClassProbe, DigitProbe, OnlineEvaluation, Probe
 from fastjepa.model import Encoder, Predictor
 from fastjepa.model.block import compile_blocks

@@ -15,8 +15,8 @@ from fastjepa.checkpoint import (
     write_huggingface,
     write_official,
 )
-from fastjepa.checkpoint.durable import write_text, write_whole
 from fastjepa.checkpoint.model_card import model_card
+from fastjepa.durable import write_text, write_whole
 from fastjepa.model.traced import TracedEncoder
 from fastjepa.pretrained import build
 

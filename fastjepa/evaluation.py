@@ -19,8 +19,8 @@ from torch import Tensor
 from fastjepa.data.augment import normalise
 from fastjepa.data.media import load_for_features
 from fastjepa.data.moving_digits import MovingDigits
+from fastjepa.durable import atomic_file
 from fastjepa.features.extract import Encode, extract
-from fastjepa.observe.atomic_file import atomic_file
 from fastjepa.pictures import feature_sheet
 from fastjepa.probes.knn import accuracy, knn
 from fastjepa.probes.labelled_files import read_classes

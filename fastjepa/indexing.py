@@ -35,7 +35,7 @@ def index(
     from fastjepa.data.manifest import read_manifest
     from fastjepa.data.probe_notes import ProbeNotes
     from fastjepa.data.probe_pool import probe_all
-    from fastjepa.observe.atomic_file import atomic_file
+    from fastjepa.durable import atomic_file
     from fastjepa.observe.processes import usable_cores
 
     if find_spec("pyarrow") is None:

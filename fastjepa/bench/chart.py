@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastjepa.bench.results import Results, Row
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

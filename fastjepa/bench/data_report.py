@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastjepa.bench.data_results import Results, Way
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 from fastjepa.observe.tables import aligned
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 FORMAT = "fastjepa bench kernels 1"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fastjepa.bench.report import provenance
 from fastjepa.bench.step_results import OFFICIAL, Point, Side, StepResults
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 from fastjepa.observe.tables import aligned
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 FORMAT = "fastjepa bench step 1"
 OURS, OFFICIAL = "ours", "official"

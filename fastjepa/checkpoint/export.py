@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import fastjepa
-from fastjepa.checkpoint.durable import write_whole
 from fastjepa.checkpoint.encoder_sizes import EncoderSizes, check_sizes, parse_sizes
 from fastjepa.checkpoint.load_meta import SIZES_KEY
 from fastjepa.checkpoint.tensor_file import (
@@ -22,6 +21,7 @@ from fastjepa.checkpoint.tensor_file import (
     described,
     write_tensors,
 )
+from fastjepa.durable import write_whole
 
 # How the released files name every tensor.
 _PREFIX = "module.backbone."

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.checkpoint.durable import write_text, write_whole
 from fastjepa.checkpoint.encoder_sizes import EncoderSizes, check_sizes, count_numbered
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_some, tensor_names, write_tensors
+from fastjepa.durable import write_text, write_whole
 from fastjepa.presets import default_levels
 
 CONFIG = "config.json"

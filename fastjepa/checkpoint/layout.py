@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 import fastjepa
-from fastjepa.checkpoint.durable import point, sync
 from fastjepa.checkpoint.manifest import (
     STATE,
     Manifest,
@@ -41,6 +40,7 @@ from fastjepa.checkpoint.manifest import (
 )
 from fastjepa.checkpoint.pieces import Shares, StoredTensors, whole
 from fastjepa.checkpoint.tensor_file import CheckpointError
+from fastjepa.durable import point, sync
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 

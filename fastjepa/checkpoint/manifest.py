@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from fastjepa.checkpoint.durable import sync
 from fastjepa.checkpoint.pieces import Placed, Shares, StoredTensors
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_layout, write_tensors
+from fastjepa.durable import sync
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

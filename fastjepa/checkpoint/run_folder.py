@@ -8,9 +8,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastjepa.checkpoint.durable import write_text
 from fastjepa.checkpoint.layout import latest_checkpoint
 from fastjepa.checkpoint.tensor_file import CheckpointError
+from fastjepa.durable import write_text
 
 RECIPE = "recipe.yaml"
 _FINGERPRINT = "# fingerprint: "

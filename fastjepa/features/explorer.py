@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastjepa.checkpoint.durable import write_text
+from fastjepa.durable import write_text
 
 # Pixels of the page for the longer side of a frame.
 _SIDE = 336

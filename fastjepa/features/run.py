@@ -12,6 +12,7 @@ from fastjepa.data.decoder import DecodeError
 from fastjepa.data.files import kind_of
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.media import load_for_features, stream_for_features
+from fastjepa.durable import atomic_file
 from fastjepa.features.explorer import write_page
 from fastjepa.features.extract import extract
 from fastjepa.features.pca import picture as pca_picture
@@ -19,7 +20,6 @@ from fastjepa.features.pca_video import write_pca_video
 from fastjepa.features.windows import Blend, windows
 from fastjepa.features.writer import FeatureWriter, Form
 from fastjepa.model import Encoder
-from fastjepa.observe.atomic_file import atomic_file
 
 # About the longer side of a frame in a picture, in pixels.
 _CELL = 240

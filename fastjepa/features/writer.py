@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 Form = Literal["safetensors", "npy", "zarr"]
 

@@ -4,7 +4,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 from fastjepa.observe.sinks import read_metrics
 
 if TYPE_CHECKING:

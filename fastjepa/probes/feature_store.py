@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.checkpoint.durable import write_whole
 from fastjepa.checkpoint.tensor_file import read_tensors, write_tensors
 from fastjepa.data.augment import normalise
 from fastjepa.data.decoder import DecodeError
 from fastjepa.data.files import kind_of
 from fastjepa.data.media import load_for_features
+from fastjepa.durable import write_whole
 from fastjepa.features.extract import extract
 from fastjepa.model import Encoder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastjepa.checkpoint.durable import write_text
+from fastjepa.durable import write_text
 from fastjepa.observe.tables import aligned
 
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fastjepa.checkpoint.durable import write_text
 from fastjepa.data.augment import normalise
 from fastjepa.data.media import load_for_features
+from fastjepa.durable import write_text
 from fastjepa.model import Encoder
 from fastjepa.probes.confusion import IGNORED
 from fastjepa.probes.davis_metric import boundary, region

@@ -15,10 +15,10 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastjepa.checkpoint.durable import write_whole
 from fastjepa.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from fastjepa.checkpoint.strict import load_strict
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_tensors, write_tensors
+from fastjepa.durable import write_whole
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastjepa.checkpoint import latest_checkpoint, load_checkpoint, manifest
-from fastjepa.checkpoint.durable import sync
 from fastjepa.checkpoint.pieces import Shares, whole
+from fastjepa.durable import sync
 from fastjepa.train.ranks import ALONE
 from fastjepa.train.saver import SaveError, Saver
 

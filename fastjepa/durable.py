@@ -1,8 +1,10 @@
 """Writing so that a crash, at any moment, leaves the old content or the new, never half of one."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
@@ -28,9 +30,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file beside `path`, then give it that name. Raises OSError."""
+    with _in_place_of(path) as temporary:
+        write(temporary)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of `path`, in a folder that is there, once the block has
+    ended without an error. Raises OSError."""
+    with _in_place_of(path) as temporary, open(temporary, "wb") as handle:
+        yield handle
+
+
+@contextmanager
+def _in_place_of(path: Path) -> Iterator[Path]:
+    """A name beside `path` for the file that replaces it; after an error nothing is left there."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     try:
-        write(temporary)
+        yield temporary
         replace(temporary, path)
     finally:
         if temporary.parent.is_dir():

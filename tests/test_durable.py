@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastjepa.observe.atomic_file import atomic_file
+from fastjepa.durable import atomic_file
 
 
 def test_the_new_content_takes_the_place_of_the_old(tmp_path: Path) -> None:
