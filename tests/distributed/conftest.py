@@ -1,18 +1,14 @@
 """Runs on several ranks by the real command, in real processes, on real clips."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
 import psutil
 
-from .. import waiting
+from ..processes import start
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 run: {{folder: {folder}}}
 model:
@@ -43,19 +39,6 @@ def recipe(folder: Path, steps: int = 6) -> Path:
     return path
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """`python -m ARGUMENTS`; its output is collected."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    out, _ = process.communicate(timeout=600)
-    return process.returncode, out
-
-
 def train(path: Path, *overrides: str, nproc: int) -> subprocess.Popen[str]:
     return start("fastjepa.cli", "train", str(path), *overrides, "--nproc", str(nproc))
 
@@ -69,10 +52,6 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The processes that train."""
     below = psutil.Process(process.pid).children()
     return [child for child in below if "train" in child.cmdline()]
-
-
-wait_for_step = partial(waiting.wait_for_step, seconds=500)
-wait_for_checkpoint = partial(waiting.wait_for_checkpoint, seconds=500)
 
 
 def free_port() -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from fastjepa.checkpoint import load_checkpoint
 
-from ..waiting import run_ranks
+from ..processes import run_ranks
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ..waiting import run_ranks
+from ..processes import run_ranks
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

@@ -15,16 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ..waiting import wait_until
-from .conftest import (
-    finish,
-    free_port,
-    recipe,
-    rows,
-    start,
-    wait_for_checkpoint,
-    wait_for_step,
-)
+from ..processes import finish, start, wait_for_checkpoint, wait_for_step, wait_until
+from .conftest import free_port, recipe, rows
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -59,7 +51,7 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Node, Node]]]:
         where = f"localhost:{port}"
         for number in (0, 1):
             if number:  # the first node holds the rendezvous
-                wait_until(partial(listens, int(port)), started[0], seconds=500)
+                wait_until(partial(listens, int(port)), started[0])
             started.append(
                 start(
                     TORCHRUN, "--nnodes=2", "--nproc-per-node=1", f"--node-rank={number}",

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from fastjepa.config.load import load_recipe
 
-from .conftest import finish, free_port, ranks_of, recipe, rows, start, train, wait_for_step
+from ..processes import finish, start, wait_for_step
+from .conftest import free_port, ranks_of, recipe, rows, train
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

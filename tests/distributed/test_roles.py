@@ -18,7 +18,8 @@ from fastjepa.train.engine import TorchEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.step import MicroBatch, train_step
 
-from .conftest import finish, recipe, rows, train
+from ..processes import finish
+from .conftest import recipe, rows, train
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

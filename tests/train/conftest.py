@@ -1,9 +1,7 @@
 """Runs of the real command on real clips, those that are stopped or killed in real processes."""
 
 import io
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -13,9 +11,7 @@ import pytest
 
 from fastjepa.cli import main
 
-from .. import waiting
-
-ROOT = Path(__file__).parents[2]
+from .. import processes
 
 TINY = """
 run: {{folder: {folder}}}
@@ -62,22 +58,9 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
     return partial(write_tiny, tmp_path)
 
 
-def command(recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "fastjepa.cli", "train", str(recipe), *overrides]
-
-
 def start(recipe: Path, *overrides: str) -> subprocess.Popen[str]:
     """The command, started; its output is collected."""
-    return subprocess.Popen(
-        command(recipe, *overrides), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output."""
-    out, _ = process.communicate(timeout=240)
-    return process.returncode, out
+    return processes.start("fastjepa.cli", "train", str(recipe), *overrides)
 
 
 def run(recipe: Path, *overrides: str) -> tuple[int, str]:
@@ -90,7 +73,3 @@ def run(recipe: Path, *overrides: str) -> tuple[int, str]:
         except SystemExit as stop:
             code = int(stop.code or 0)
     return code, told.getvalue()
-
-
-wait_for_step = partial(waiting.wait_for_step, seconds=200)
-wait_for_checkpoint = partial(waiting.wait_for_checkpoint, seconds=200)

@@ -19,7 +19,8 @@ from fastjepa.observe.sinks import read_metrics
 from fastjepa.train.loop import Trainer
 from fastjepa.train.signals import StopRequest
 
-from .conftest import finish, start
+from ..processes import finish
+from .conftest import start
 
 Write = Callable[..., Path]
 SIZES = {"width": 64, "depth": 6, "heads": 4, "mlp_width": 96}

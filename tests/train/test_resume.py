@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastjepa.checkpoint import latest_checkpoint
 
-from .conftest import finish, run, start, wait_for_checkpoint, wait_for_step, write_tiny
+from ..processes import finish, wait_for_checkpoint, wait_for_step
+from .conftest import run, start, write_tiny
 
 Write = Callable[..., Path]
 Straight = Callable[..., Path]

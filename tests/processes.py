@@ -1,14 +1,31 @@
-"""Waiting for what a running process does, but not for ever."""
+"""Starting real commands and waiting for what they do, but not for ever."""
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# For a run to come to something, on a machine as busy as may be.
+LONG = 500.0
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`python -m ARGUMENTS`; its output is collected."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output."""
+    out, _ = process.communicate(timeout=LONG)
+    return process.returncode, out
 
 
 def run_ranks(command: list[str], *, seconds: float) -> str:
@@ -37,7 +54,7 @@ def run_ranks(command: list[str], *, seconds: float) -> str:
 
 
 def wait_until(
-    there: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float
+    there: Callable[[], bool], process: subprocess.Popen[str], *, seconds: float = LONG
 ) -> None:
     """Until `there()`. AssertionError with the output of a process that ends before, or is killed
     after so many `seconds`."""
@@ -50,16 +67,12 @@ def wait_until(
     raise AssertionError(f"it never came: {process.communicate(timeout=seconds)[0]}")
 
 
-def wait_for_step(
-    folder: Path, step: int, process: subprocess.Popen[str], *, seconds: float
-) -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
     """Until metrics.jsonl holds `step` lines."""
     path = folder / "metrics.jsonl"
-    wait_until(
-        lambda: path.exists() and path.read_bytes().count(b"\n") >= step, process, seconds=seconds
-    )
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= step, process)
 
 
-def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], *, seconds: float) -> None:
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
     """Until one is whole: it is written beside the training."""
-    wait_until((folder / "checkpoints/latest").exists, process, seconds=seconds)
+    wait_until((folder / "checkpoints/latest").exists, process)
