@@ -154,12 +154,12 @@ def test_imports_go_only_where_contributing_says() -> None:
         for row in _rows(ROOT / "CONTRIBUTING.md")
         if row[0].startswith("`")
     }
-    package, kernels = ROOT / "fastjepa", ROOT / "kernels/fastjepa_kernels"
+    package = ROOT / "fastjepa"
+    where = {name: package / f"{name}.py" for name in ("presets", "durable")}
+    where["fastjepa_kernels"] = ROOT / "kernels/fastjepa_kernels"
     folders = {path.name for path in package.iterdir() if (path / "__init__.py").exists()}
     assert folders <= rooms.keys(), "a room is missing in CONTRIBUTING.md"
     for room, allowed in rooms.items():
-        alone = {name: package / f"{name}.py" for name in ("presets", "durable")}
-        where = {"fastjepa_kernels": kernels} | alone
         place = where.get(room, package / room)
         for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
             beyond = _imported(file) - allowed - {room}
