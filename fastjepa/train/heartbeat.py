@@ -22,25 +22,32 @@ _LEFT = b"left"
 
 
 class _Watch:
-    """What has been heard of each rank, and for how many seconds nothing has."""
+    """When each rank, and the store itself, was last heard of; in seconds of naps."""
 
     def __init__(self, size: int) -> None:
-        self.silent = [0.0] * size
-        self.store_silent = 0.0
+        self._clock = self._store = 0.0
+        self._ranks = [0.0] * size
         self._last: list[bytes] = [b""] * size
+
+    def nap(self, seconds: float) -> None:
+        """Let time pass."""
+        self._clock += seconds
 
     def hear(self, told: Sequence[bytes]) -> None:
         """Take over what the store has."""
+        self._store = self._clock
         for rank, (before, now) in enumerate(zip(self._last, told, strict=True)):
             if now != before or now == _LEFT:
-                self.silent[rank] = 0.0
+                self._ranks[rank] = self._clock
         self._last = list(told)
-        self.store_silent = 0.0
 
-    def nap(self, seconds: float) -> None:
-        """Count time in which nothing was heard."""
-        self.silent = [silent + seconds for silent in self.silent]
-        self.store_silent += seconds
+    def silent(self, seconds: float) -> list[int]:
+        """Ranks of which the store has had nothing new for longer than this."""
+        return [rank for rank, when in enumerate(self._ranks) if self._clock - when > seconds]
+
+    def store_silent(self, seconds: float) -> bool:
+        """Whether the store has not answered for longer than this."""
+        return self._clock - self._store > seconds
 
 
 @contextmanager
@@ -67,15 +74,17 @@ def heartbeat(store: Any, *, rank: int, size: int, silence: float) -> Iterator[N
                 watch.hear(own.multi_get(keys))
             except RuntimeError:
                 return  # the store is gone: the other thread counts its silence
+            # Judged only where the store has just answered. A node frozen with its store seems
+            # silent a beat before the store does.
+            if silent := watch.silent(silence):
+                _end(rank, size, silent, silence)
             over.wait(BEAT)
 
     def listen() -> None:
         while not over.wait(BEAT):
             watch.nap(BEAT)
-            silent = [other for other, since in enumerate(watch.silent) if since > silence]
-            gone = watch.store_silent > silence
-            if gone or silent:
-                _end(rank, size, None if gone else silent, silence)
+            if watch.store_silent(silence):
+                _end(rank, size, None, silence)
 
     threads = [threading.Thread(target=work, daemon=True) for work in (beat, listen)]
     for thread in threads:
