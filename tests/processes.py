@@ -1,4 +1,7 @@
-"""Starting real commands and waiting for what they do, but not for ever."""
+"""Starting real commands and waiting for what they do, but not for ever.
+
+Seconds are counted in naps: while the whole machine pauses, a command has no time either.
+"""
 
 import os
 import signal
@@ -12,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # For a run to come to something, on a machine as busy as may be.
 LONG = 500.0
+NAP = 0.05
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -22,9 +26,13 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output."""
-    out, _ = process.communicate(timeout=LONG)
+def finish(process: subprocess.Popen[str], *, seconds: float = LONG) -> tuple[int, str]:
+    """Exit code and output. Raises subprocess.TimeoutExpired, with the output, after `seconds`."""
+    for _ in range(round(seconds / NAP)):
+        with suppress(subprocess.TimeoutExpired):
+            out, _ = process.communicate(timeout=NAP)
+            return process.returncode, out
+    out, _ = process.communicate(timeout=NAP)
     return process.returncode, out
 
 
@@ -40,7 +48,7 @@ def run_ranks(command: list[str], *, seconds: float) -> str:
         start_new_session=True,
     )  # fmt: skip
     try:
-        out, _ = process.communicate(timeout=seconds)
+        code, out = finish(process, seconds=seconds)
     except subprocess.TimeoutExpired:
         # Python's handler of SIGABRT writes the stacks of all threads.
         os.killpg(process.pid, signal.SIGABRT)
@@ -49,7 +57,7 @@ def run_ranks(command: list[str], *, seconds: float) -> str:
             raise AssertionError(f"not over after {seconds:g} s: {command}\n{out}") from None
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == 0, out
+    assert code == 0, out
     return out
 
 
@@ -58,11 +66,12 @@ def wait_until(
 ) -> None:
     """Until `there()`. AssertionError with the output of a process that ends before, or is killed
     after so many `seconds`."""
-    deadline = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < deadline:
+    for _ in range(round(seconds / NAP)):
+        if process.poll() is not None:
+            break
         if there():
             return
-        time.sleep(0.02)
+        time.sleep(NAP)
     process.kill()
     raise AssertionError(f"it never came: {process.communicate(timeout=seconds)[0]}")
 

@@ -66,7 +66,7 @@ def two_nodes(tmp_path: Path) -> Iterator[Callable[..., tuple[Node, Node]]]:
         if node.poll() is None:
             send(node, signal.SIGCONT)
             send(node, signal.SIGKILL)
-        node.communicate(timeout=A_MINUTE)
+        finish(node)
 
 
 def listens(port: int) -> bool:
@@ -86,8 +86,8 @@ def test_two_nodes_train_and_one_killed_ends_the_other(
     first, second = two_nodes(recipe(folder, steps=1000))
     wait_for_checkpoint(folder, first)
     send(second, signal.SIGKILL)
-    out, _ = first.communicate(timeout=A_MINUTE)
-    assert first.returncode != 0
+    code, out = finish(first, seconds=A_MINUTE)
+    assert code != 0
     assert len(errors(out)) == 1, out
     assert "the last checkpoint stands" in errors(out)[0]
 
@@ -101,9 +101,8 @@ def test_a_frozen_node_ends_the_other(
     nodes = two_nodes(recipe(folder, steps=1000))
     wait_for_step(folder, 2, nodes[0])
     send(nodes[frozen], signal.SIGSTOP)
-    other = nodes[1 - frozen]
-    out, _ = other.communicate(timeout=A_MINUTE)
-    assert other.returncode != 0
+    code, out = finish(nodes[1 - frozen], seconds=A_MINUTE)
+    assert code != 0
     (line,) = errors(out)
     assert "nothing was heard of" in line
     assert "for 10 s (engine.heartbeat)" in line
