@@ -16,7 +16,7 @@ from fastjepa.checkpoint import (
     write_official,
 )
 from fastjepa.checkpoint.model_card import model_card
-from fastjepa.durable import write_text, write_whole
+from fastjepa.durable import whole_file, write_text
 from fastjepa.model.traced import TracedEncoder
 from fastjepa.pretrained import build
 
@@ -88,7 +88,8 @@ def _write_graph(
     graph = TracedEncoder(encoder, encoder.levels[-1:] if levels is None else levels, image=image)
     program = trace(graph)
     if to == "torch-export":
-        write_whole(out, lambda file: torch.export.save(program, file))
+        with whole_file(out) as temporary:
+            torch.export.save(program, temporary)
         return [out]
     try:
         import onnxscript  # noqa: F401

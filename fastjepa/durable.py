@@ -1,7 +1,7 @@
 """Writing so that a crash, at any moment, leaves the old content or the new, never half of one."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -25,27 +25,23 @@ def replace(temporary: Path, final: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file (UTF-8) whole or not at all. Raises OSError."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then give it that name. Raises OSError."""
-    with _in_place_of(path) as temporary:
-        write(temporary)
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path`, in a folder that is there, once the block has
     ended without an error. Raises OSError."""
-    with _in_place_of(path) as temporary, open(temporary, "wb") as handle:
+    with whole_file(path) as temporary, open(temporary, "wb") as handle:
         yield handle
 
 
 @contextmanager
-def _in_place_of(path: Path) -> Iterator[Path]:
-    """A name beside `path` for the file that replaces it; after an error nothing is left there."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of the same ending, for the file that takes its place once the block
+    has ended without an error; after one nothing is left there. Raises OSError."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
         replace(temporary, path)
@@ -56,7 +52,7 @@ def _in_place_of(path: Path) -> Iterator[Path]:
 
 def point(link: Path, target: str) -> None:
     """Make `link` a symbolic link to `target`, swapped in one move. Raises OSError."""
-    temporary = link.with_name(f".tmp-{link.name}-{os.getpid()}")
+    temporary = link.with_name(f".tmp-{os.getpid()}-{link.name}")
     try:
         temporary.symlink_to(target)
         os.replace(temporary, link)

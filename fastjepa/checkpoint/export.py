@@ -21,7 +21,7 @@ from fastjepa.checkpoint.tensor_file import (
     described,
     write_tensors,
 )
-from fastjepa.durable import write_whole
+from fastjepa.durable import whole_file
 
 # How the released files name every tensor.
 _PREFIX = "module.backbone."
@@ -102,6 +102,7 @@ def write_official(
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, write)
+        with whole_file(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error

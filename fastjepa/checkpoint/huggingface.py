@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastjepa.checkpoint.encoder_sizes import EncoderSizes, check_sizes, count_numbered
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_some, tensor_names, write_tensors
-from fastjepa.durable import write_text, write_whole
+from fastjepa.durable import whole_file, write_text
 from fastjepa.presets import default_levels
 
 CONFIG = "config.json"
@@ -114,7 +114,8 @@ def write_huggingface(
     named = _their_names({**plain, **own})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS, lambda file: write_tensors(file, named, {"format": "pt"}))
+        with whole_file(folder / WEIGHTS) as temporary:
+            write_tensors(temporary, named, {"format": "pt"})
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error

@@ -4,8 +4,7 @@ write_video(Path("clip.mp4"), pictures, "h264", fps=24)
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count
@@ -16,6 +15,7 @@ import av
 from av.video.stream import VideoStream
 
 from fastjepa.data.decoder import Frame
+from fastjepa.durable import whole_file
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,6 @@ def write_video(
             raise ValueError(f"{path}: no picture to write")
         container.mux(stream.encode())
     return path
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside `path`, of the same ending; what is there takes its place if no error comes."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_codec(codec: str) -> Encoding:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastjepa.data.encode import CODECS, check_codec, whole_file, write_video
+from fastjepa.data.encode import CODECS, check_codec, write_video
 from fastjepa.data.moving_digits import MovingDigits
+from fastjepa.durable import whole_file
 
 MANIFEST = "manifest.csv"
 

@@ -22,7 +22,7 @@ from fastjepa.data.augment import normalise
 from fastjepa.data.decoder import DecodeError
 from fastjepa.data.files import kind_of
 from fastjepa.data.media import load_for_features
-from fastjepa.durable import write_whole
+from fastjepa.durable import whole_file
 from fastjepa.features.extract import extract
 from fastjepa.model import Encoder
 
@@ -131,7 +131,8 @@ class FeatureStore:
             joined = torch.cat(own)
             tensors[str(number)] = joined.mean(0, keepdim=True) if self._view.pool else joined
         about = {"bad": json.dumps(bad)}
-        write_whole(file, lambda temporary: write_tensors(temporary, tensors, about))
+        with whole_file(file) as temporary:
+            write_tensors(temporary, tensors, about)
 
     def _clips(self, path: str, patch: int) -> list[Tensor]:
         view = self._view

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastjepa.checkpoint.optimizer_state import pack_optimizer, unpack_optimizer
 from fastjepa.checkpoint.strict import load_strict
 from fastjepa.checkpoint.tensor_file import CheckpointError, read_tensors, write_tensors
-from fastjepa.durable import write_whole
+from fastjepa.durable import whole_file
 
 T = TypeVar("T")
 
@@ -149,7 +149,8 @@ class Sweep(Generic[T]):
         tensors |= {f"optimizer.{name}": x for name, x in named.items()}
         about = {"epoch": str(epoch), **self._facts(size)}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda temporary: write_tensors(temporary, tensors, about))
+        with whole_file(file) as temporary:
+            write_tensors(temporary, tensors, about)
 
     def _resume(self, file: Path, size: int) -> int:
         """Take over a saved epoch; returns how many are done."""

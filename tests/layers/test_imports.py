@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastjepa.presets": set(),
     "fastjepa.durable": set(),
     "fastjepa.observe": {"fastjepa.durable"},
-    "fastjepa.data": set(),
+    "fastjepa.data": {"fastjepa.durable"},
     "fastjepa.config": {"fastjepa.presets"},
     "fastjepa.checkpoint": {"fastjepa", "fastjepa.durable", "fastjepa.presets"},
     "fastjepa.masking": {"fastjepa_kernels"},
