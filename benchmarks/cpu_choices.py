@@ -93,19 +93,20 @@ def bfloat16_errors(deviation: float, channels: int) -> dict[str, float]:
     grad = torch.randn(shape, dtype=torch.float64)
 
     def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(-1, -2) * channels**-0.5).softmax(-1) @ v
+        out: Tensor = (q @ k.transpose(-1, -2) * channels**-0.5).softmax(-1) @ v
+        return out
 
     exact = formula(*leaves)
     exact_grads = torch.autograd.grad(exact, leaves, grad)
-    narrow = [t.detach().bfloat16() for t in leaves]
+    q, k, v = (t.detach().bfloat16() for t in leaves)
     narrow_grad = grad.bfloat16()
-    same = [t.clone().requires_grad_() for t in narrow]
+    same = [t.clone().requires_grad_() for t in (q, k, v)]
     plain = formula(*same)
-    flash, ours = _flash(*narrow), attention_cpu.forward(*narrow)
+    flash, ours = _flash(q, k, v), attention_cpu.forward(q, k, v)
     found = {
         "formula": (plain, torch.autograd.grad(plain, same, narrow_grad)),
-        "flash": (flash[0], _flash_backward(narrow_grad, *narrow, *flash, 0.0, False)),
-        "ours": (ours[0], attention_cpu.backward(narrow_grad, *narrow, *ours)),
+        "flash": (flash[0], _flash_backward(narrow_grad, q, k, v, *flash, 0.0, False)),
+        "ours": (ours[0], attention_cpu.backward(narrow_grad, q, k, v, *ours)),
     }
 
     def error(a: Tensor, b: Tensor) -> float:

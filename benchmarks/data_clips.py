@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import cast
 
 import av
 from av.filter import Graph
@@ -27,6 +28,10 @@ SOURCES = {
 }
 
 
+def picture(frame: av.VideoFrame) -> Frame:
+    return cast(Frame, frame.to_ndarray(format="rgb24"))
+
+
 def mixed() -> Iterator[Frame]:
     for number, (name, options) in enumerate(SOURCES.items()):
         graph = Graph()
@@ -41,7 +46,7 @@ def mixed() -> Iterator[Frame]:
         graph.configure()
         share = FRAMES * (number + 1) // len(SOURCES) - FRAMES * number // len(SOURCES)
         for _ in range(share):
-            yield graph.vpull().to_ndarray()
+            yield picture(graph.vpull())
 
 
 def bunny() -> Iterator[Frame]:
@@ -51,7 +56,7 @@ def bunny() -> Iterator[Frame]:
         there = [frame.reformat(format="yuv420p") for frame in container.decode(video=0)]
     back_and_forth = there + there[-2:0:-1]
     for frame in islice(back_and_forth, FRAMES):
-        yield frame.to_ndarray(format="rgb24")
+        yield picture(frame)
 
 
 def main(folder: Path) -> None:

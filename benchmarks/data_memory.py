@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = readings(chosen.clips, chosen.workers, Path(folder))
     later = [reading for reading in found if reading[0] > chosen.clips / 10]
-    results = {
+    results: dict[str, object] = {
         "command": f"python benchmarks/data_memory.py --clips {chosen.clips} "
         f"--workers {chosen.workers}",
         "commit": commit(),

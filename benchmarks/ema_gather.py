@@ -34,6 +34,7 @@ from fastjepa.train.engine_deepspeed import DeepSpeedEngine
 from fastjepa.train.guard import LossGuard
 from fastjepa.train.ranks import Ranks, join
 from fastjepa.train.step import Jepa, MicroBatch, train_step
+from fastjepa.train.zero_layout import Ema, Targets
 
 CPU = torch.device("cpu")
 GROUPS = (Blocks(8, (0.15, 0.15)), Blocks(2, (0.7, 0.7)))  # the released ones of videos
@@ -59,10 +60,10 @@ class Gather:
         self.on, self.seconds = True, 0.0
         layout.publish, layout.wait = self.publish, self.wait  # type: ignore[method-assign]
 
-    def publish(self, *arguments: Any) -> None:
+    def publish(self, targets: Targets, ema: Ema) -> None:
         if self.on:
             started = time.perf_counter()
-            self._publish(*arguments)
+            self._publish(targets, ema)
             self.seconds += time.perf_counter() - started
 
     def wait(self) -> None:

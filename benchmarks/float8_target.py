@@ -21,13 +21,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.nn import functional as F
 
-from fastjepa.build import build, encoder_sizes
+from fastjepa.build import build
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
 from fastjepa.data.augment import normalise
 from fastjepa.model import Encoder
 from fastjepa.model.float8 import Float8Linear
 from fastjepa.observe.sinks import read_metrics
+from fastjepa.recipe_parts import encoder_sizes
 
 RECIPE = Path(__file__).parents[1] / "configs/demo.yaml"
 WINDOW = 5

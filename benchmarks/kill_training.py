@@ -169,13 +169,13 @@ def faults(folder: Path, straight: Path) -> list[str]:
         except CheckpointError as error:
             found.append(f"unreadable: {error}")
             continue
-        step = path.name.removesuffix(".replaced")
-        wanted = read_manifest(straight / "checkpoints" / step).files
+        name = path.name.removesuffix(".replaced")
+        wanted = read_manifest(straight / "checkpoints" / name).files
         here = read_manifest(path).files
         found += [
-            f"{path / name}: other content"
-            for name in wanted
-            if here[name] != wanted[name] and name != "rng.safetensors"
+            f"{path / file}: other content"
+            for file in wanted
+            if here[file] != wanted[file] and file != "rng.safetensors"
         ]
     logged = numbers(straight)
     for step, row in numbers(folder).items():

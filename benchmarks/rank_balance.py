@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ class Kind:
 
     def bytes(self) -> int:
         """That the operations of one step read and write."""
-        with Traffic() as counter:
+        counter = Traffic()
+        with counter:
             self.step(0)
         self.seconds.pop()
         return counter.bytes
@@ -93,7 +95,7 @@ def main() -> None:
     for number in range(-1, STEPS):
         for kind in kinds.values():
             kind.step(max(number, 0))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (balance, name), kind in kinds.items():
         seconds = statistics.median(kind.seconds[1:])
         rows.append(

@@ -65,8 +65,10 @@ def write_lists(folder: Path, rows: int) -> dict[str, Path]:
         for start in range(0, rows, 2**16):
             part = names[start : start + 2**16]
             readable = [i % 100 != 99 for i in range(start, start + len(part))]
-            columns = {name: [value] * len(part) for name, value in fixed.items()}
-            columns |= {"path": part, "readable": readable}
+            columns: dict[str, list[object]] = {
+                name: [value] * len(part) for name, value in fixed.items()
+            }
+            columns["path"], columns["readable"] = list(part), list(readable)
             columns["reason"] = [None if good else "the file is empty" for good in readable]
             arrays = [columns[name] for name in schema.names]
             writer.write_batch(record_batch(arrays, schema=schema))

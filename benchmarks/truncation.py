@@ -25,10 +25,10 @@ def dropped(grid: tuple[int, int, int], batch: int) -> dict[str, float]:
     kept: dict[str, list[tuple[int, int]]] = {"context": [], "predict": []}
     for step in range(max(4, STEPS // batch)):
         for kind, counts in kept.items():
-            pair = (
+            here, there = (
                 sum(index.numel() for index in getattr(maker(step), kind)) for maker in (cut, whole)
             )
-            counts.append(tuple(pair))  # type: ignore[arg-type]
+            counts.append((here, there))
     return {kind: 1 - fmean(c / w for c, w in counts) for kind, counts in kept.items()}
 
 
