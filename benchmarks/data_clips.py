@@ -24,7 +24,7 @@ FRAMES, RATE = 250, 25
 SOURCES = {
     "mandelbrot": "start_scale=2:end_scale=0.3:end_pts=120:",
     "testsrc2": "",
-    "gradients": "speed=0.05:seed=1:",
+    "gradients": "speed=0.05:seed=1:c0=navy:c1=orange:",  # colours left out are random
 }
 
 
