@@ -1,27 +1,30 @@
 """Attention behind one call: interchangeable exact backends over a packed batch.
 
-`auto` measures: the first pass of a shape times every backend that can take it, and keeps the
-fastest for the rest of the process. Lengths change with every mask, so shapes count as one where
-their lengths round up to the same multiple of 256.
+`auto` measures: the first pass of a size times every backend that can take it, and keeps the
+fastest for the rest of the process. Lengths change with every mask, so a size is coarse: as many
+sequences, the longest rounded up to a multiple of 256, the rows to a power of two.
 
 Shapes: R packed rows, B sequences, K tokens of a sequence, H heads, C head channels.
 """
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastjepa.model.attention_backends import ALL, Backend
-from fastjepa.model.segments import Segment, segments_of
+from fastjepa.model.segments import Segment
 
 BACKENDS = ("auto", *(backend.name for backend in ALL))
 _STEP = 256
 _ROUNDS = 5
 
-_Shape = tuple[object, ...]
-_fastest: dict[_Shape, Backend] = {}
+_Size = tuple[object, ...]
+_fastest: dict[_Size, Backend] = {}
 
 
 def attend(qkv_R3HC: Tensor, segments: Sequence[Segment], *, backend: str = "auto") -> Tensor:
@@ -56,31 +59,60 @@ def candidates(device: torch.device, dtype: torch.dtype, channels: int) -> list[
 
 
 def fastest(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Backend:
-    """The backend that took least time on this shape, with its gradient if one is asked for."""
+    """The backend that took least time on this size, with its gradient if one is asked for."""
     device, (_, _, heads, channels) = qkv_R3HC.device, qkv_R3HC.shape
     able = candidates(device, qkv_R3HC.dtype, channels)
     if len(able) == 1:
         return able[0]
     grad = torch.is_grad_enabled() and qkv_R3HC.requires_grad
-    sizes = tuple((s.count, -(-s.length // _STEP) * _STEP) for s in segments)
-    shape = (device, qkv_R3HC.dtype, heads, channels, sizes, grad)
-    if shape not in _fastest:
-        like = torch.randn(
-            sum(count * length for count, length in sizes), 3, heads, channels,
-            dtype=qkv_R3HC.dtype, device=device, generator=torch.Generator(device).manual_seed(0),
-        ).requires_grad_(grad)  # fmt: skip
-        _fastest[shape] = measured(able, like, segments_of(sizes))
-    return _fastest[shape]
+    size = (device, qkv_R3HC.dtype, heads, channels, grad, *_size(segments))
+    if size not in _fastest:
+        with _unwatched():
+            like = torch.randn(
+                qkv_R3HC.shape, dtype=qkv_R3HC.dtype, device=device,
+                generator=torch.Generator(device).manual_seed(0),
+            ).requires_grad_(grad)  # fmt: skip
+            _fastest[size] = measured(able, like, segments)
+    return _fastest[size]
+
+
+def _size(segments: Sequence[Segment]) -> _Size:
+    longest = -(-max(segment.length for segment in segments) // _STEP) * _STEP
+    rows = 1 << (segments[-1].stop - 1).bit_length()
+    return len(segments), sum(segment.count for segment in segments), longest, rows
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Outside of what watches a pass: checkpointing counts the tensors that a block keeps and the
+    operations that it runs, and a block that runs again does not measure again."""
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with _disable_current_modes(), torch.autograd.graph.saved_tensors_hooks(same, same):
+        yield
 
 
 def measured(able: Sequence[Backend], qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Backend:
-    """The one of `able` whose quickest of some rounds, taken in turn, is the quickest."""
-    times = {backend.name: float("inf") for backend in able}
+    """The one of `able` whose quickest of some rounds, taken in turn, is the quickest.
+
+    One that fails, as a package built for other cards does, is left out with a warning; the last
+    one's error is raised.
+    """
+    able, times = list(able), {backend.name: float("inf") for backend in able}
     for number in range(_ROUNDS + 1):
-        for backend in able:
+        for backend in tuple(able):
             try:
                 seconds = _seconds(backend, qkv_R3HC, segments)
             except torch.OutOfMemoryError:
+                continue
+            except (ImportError, RuntimeError) as error:
+                able.remove(backend)
+                if not able:
+                    raise
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"attention: {backend.name} is left out: {reason}", stacklevel=2)
                 continue
             if number:  # the first compiles and warms up
                 times[backend.name] = min(times[backend.name], seconds)

@@ -25,7 +25,10 @@ Run = Callable[[Tensor, Sequence[Segment]], Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to attend; `run` takes [R, 3, H, C] to [R, H, C]. `module` is what it imports."""
+    """One way to attend; `run` takes [R, 3, H, C] to [R, H, C]. `module` is what it imports.
+
+    It is built for GPUs of a compute capability of `capability` or more, but less than `below`.
+    """
 
     name: str
     run: Run
@@ -33,6 +36,7 @@ class Backend:
     needs_cuda: bool = True
     dtypes: tuple[torch.dtype, ...] = _HALF
     capability: tuple[int, int] = (8, 0)
+    below: tuple[int, int] | None = None
     channels: tuple[int, int, int] = (8, 256, 8)
 
     def refusal(self, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
@@ -43,8 +47,11 @@ class Backend:
             return None
         if device.type != "cuda":
             return f"it needs a CUDA device, not {device.type}"
-        if torch.cuda.get_device_capability(device) < self.capability:
+        found = torch.cuda.get_device_capability(device)
+        if found < self.capability:
             return "it needs compute capability {}.{} or more".format(*self.capability)
+        if self.below is not None and found >= self.below:
+            return "it is not built for compute capability {}.{} and more".format(*self.below)
         if dtype not in self.dtypes:
             return f"it takes {' and '.join(str(d)[6:] for d in self.dtypes)}, not {str(dtype)[6:]}"
         low, high, step = self.channels
@@ -67,11 +74,13 @@ def sequence_starts(segments: tuple[Segment, ...], device: torch.device) -> Tens
 
     All blocks of a pass share one. It is counted on the device, so nothing waits for a copy.
     """
-    starts = [
-        torch.arange(s.start, s.stop, s.length, dtype=torch.int32, device=device) for s in segments
-    ]
-    end = torch.full((1,), segments[-1].stop, dtype=torch.int32, device=device)
-    return torch.cat([*starts, end])
+    with torch.inference_mode(False):  # a cached tensor may meet a gradient later
+        starts = [
+            torch.arange(s.start, s.stop, s.length, dtype=torch.int32, device=device)
+            for s in segments
+        ]
+        end = torch.full((1,), segments[-1].stop, dtype=torch.int32, device=device)
+        return torch.cat([*starts, end])
 
 
 def _by_segment(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
@@ -153,14 +162,15 @@ def _block_diagonal(segments: tuple[Segment, ...], device: torch.device) -> obje
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     lengths = [segment.length for segment in segments for _ in range(segment.count)]
-    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+    with torch.inference_mode(False):
+        return BlockDiagonalMask.from_seqlens(lengths, device=device)
 
 
 ALL = (
     Backend("sdpa", _by_segment(F.scaled_dot_product_attention), needs_cuda=False),
     Backend("varlen", _varlen),
     Backend("flash2", _flash2, "flash_attn.flash_attn_interface"),
-    Backend("flash3", _flash3, "flash_attn_interface", capability=(9, 0)),
+    Backend("flash3", _flash3, "flash_attn_interface", capability=(9, 0), below=(10, 0)),
     Backend("flash4", _flash4, "flash_attn.cute", capability=(9, 0), channels=(8, 128, 8)),
     Backend(
         "xformers", _xformers, "xformers",

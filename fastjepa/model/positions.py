@@ -51,6 +51,7 @@ def turn_tiled(qkv_N3HC: Tensor, table_NC2: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # the first to ask may be without gradients, another not
 def _table(
     grid: tuple[int, int, int],
     head_dim: int,

@@ -1,5 +1,7 @@
 """Attention backends are exact and interchangeable; a sequence sees itself alone."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -9,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastjepa.bench.shapes import VIDEO_GROUPS
 from fastjepa.config.schema import Model
+from fastjepa.masking.batch import MaskMaker
+from fastjepa.model import attention
 from fastjepa.model.attention import BACKENDS, attend, backend_named, candidates, measured
-from fastjepa.model.attention_backends import ALL, sequence_starts
+from fastjepa.model.attention_backends import ALL, Backend, sequence_starts
 from fastjepa.model.segments import Segment, segments_of
 
 CPU = torch.device("cpu")
@@ -87,6 +92,38 @@ def test_the_faster_one_is_chosen() -> None:
     qkv = torch.randn(2048, 3, 8, 32, requires_grad=True)
     able = [backend_named("math"), backend_named("sdpa")]
     assert measured(able, qkv, segments_of([(2, 1024)])).name == "sdpa"
+
+
+def broken(qkv_R3HC: Tensor, segments: object) -> Tensor:
+    raise RuntimeError("no kernel image is available\nfor this card")
+
+
+def test_one_that_fails_is_left_out_with_a_warning() -> None:
+    qkv, segments = torch.randn(8, 3, 2, 8, requires_grad=True), segments_of([(2, 4)])
+    able = [replace(backend_named("math"), name="broken", run=broken), backend_named("sdpa")]
+    with pytest.warns(UserWarning, match=r"broken is left out: no kernel image is available$"):
+        assert measured(able, qkv, segments).name == "sdpa"
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        measured(able[:1], qkv, segments)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_a_run_measures_a_few_sizes(truncate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 steps of 24 clips, each with masks of its own."""
+    measurements: list[Sequence[Segment]] = []
+
+    def first(able: list[Backend], qkv: Tensor, segments: Sequence[Segment]) -> Backend:
+        measurements.append(segments)
+        return able[0]
+
+    monkeypatch.setattr(attention, "candidates", lambda *_: list(ALL[:2]))
+    monkeypatch.setattr(attention, "measured", first)
+    monkeypatch.setattr(attention, "_fastest", {})
+    masks = MaskMaker(VIDEO_GROUPS, (8, 16, 16), 24, seed=0, weigh=False, truncate=truncate)
+    for step in range(50):
+        segments = segments_of([tuple(index.shape) for index in masks(step).context])
+        attention.fastest(torch.empty(segments[-1].stop, 3, 1, 8), segments)
+    assert 1 <= len(measurements) <= 8
 
 
 def test_on_a_cpu_there_is_nothing_to_choose() -> None:

@@ -1,11 +1,15 @@
 """Checkpointed blocks give the same gradients; with attention kept it runs once, and is kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from fastjepa.bench.memory import peak_and_kept
-from fastjepa.model import Encoder, Predictor
+from fastjepa.model import Encoder, Predictor, attention
+from fastjepa.model.attention import backend_named
+from fastjepa.model.block import Block
 from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers, step_flops
 from fastjepa.observe.footprint import step_activations
 
@@ -39,6 +43,25 @@ def test_gradients_are_those_of_plain_blocks(kind: str, attention: str) -> None:
     index = torch.arange(20).expand(2, -1)
     ours, plain = (gradients(encoder(k, attention), index) for k in (kind, "plain"))
     for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["checkpointed", "attention kept"])
+def test_what_is_measured_on_the_way_is_not_the_blocks(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the first pass times the attention backends, inside a checkpointed block."""
+    sdpa = backend_named("sdpa")
+    monkeypatch.setattr(attention, "candidates", lambda *_: [sdpa, replace(sdpa, name="other")])
+    monkeypatch.setattr(attention, "_fastest", {})
+    index, found = torch.arange(20).expand(2, -1), []
+    for each in (kind, "plain"):
+        network = encoder(each, "auto")
+        for module in network.modules():
+            if isinstance(module, Block):
+                module.by_hand = False
+        found.append(gradients(network, index))
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 

@@ -297,3 +297,11 @@ def test_initial_weights_have_the_released_scale() -> None:
     assert encoder.video_mod_embed.abs().max().item() < 1e-5
     assert encoder.video_mod_embed.std().item() > 1e-7
     assert torch.equal(encoder.norms_block[0].weight, torch.ones(96))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rope", ["interleaved", "tiled"])
+def test_a_network_trains_on_a_size_that_it_first_saw_in_inference_mode(rope: str) -> None:
+    encoder, clip = small(rope=rope), torch.randn(1, 3, 4, 40, 56)
+    with torch.inference_mode():
+        encoder(clip)
+    encoder(clip)[0].sum().backward()
