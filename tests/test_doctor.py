@@ -175,6 +175,12 @@ def test_each_self_test_notices_what_it_is_for(name: str, monkeypatch: pytest.Mo
     assert "Error: " not in why
 
 
+def test_a_self_test_does_not_pass_over_what_is_no_number() -> None:
+    sound, spoilt = torch.ones(2), torch.full((2,), torch.nan)
+    with pytest.raises(AssertionError, match="relative error nan"):
+        selftest._same([sound, spoilt], [sound, sound])
+
+
 def test_self_tests_leave_the_random_generators_alone() -> None:
     before = torch.get_rng_state()
     for test in selftest.SELF_TESTS.values():

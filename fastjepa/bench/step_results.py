@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastjepa.durable import atomic_file
 
 FORMAT = "fastjepa bench step 1"
@@ -101,9 +103,9 @@ class Point:
         return None if ours is None or theirs is None else ours.peak / theirs.peak
 
     def loss_difference(self, side: str, other: str) -> float:
-        """The largest relative difference of a step's loss."""
+        """The largest relative difference of a step's loss; NaN if one is."""
         pairs = zip(self.sides[side].losses, self.sides[other].losses, strict=True)
-        return max(abs(a - b) / abs(b) for a, b in pairs)
+        return float(np.max([abs(a - b) / abs(b) for a, b in pairs]))
 
 
 def _ratio(ours: list[float], theirs: list[float]) -> float:

@@ -41,7 +41,8 @@ def _by_products(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:
 def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
     """Attention output [B, H, K, C] (tokens before heads in memory) and log-sum-exp [B, H, K]."""
     if _by_products(q_BHKC, k_BHKC):
-        return attention_products.forward(q_BHKC, k_BHKC, v_BHKC)
+        out, lse = attention_products.forward(q_BHKC, k_BHKC, v_BHKC)
+        return out, lse
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHKC, k_BHKC, v_BHKC)
     return out, lse
 

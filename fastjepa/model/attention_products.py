@@ -69,9 +69,13 @@ def _room(x_BHKC: Tensor) -> Tensor:
     return torch.empty(sizes, dtype=x_BHKC.dtype)
 
 
+@torch.library.custom_op("fastjepa::attention_by_products", mutates_args=())
 def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
     """Attention output [B, H, K, C] (tokens before heads in memory) and float32 log-sum-exp [B,
-    H, K]."""
+    H, K].
+
+    One operation with attention in its name, so that checkpointing can keep what it gave.
+    """
     out_BHKC = torch.empty_like(q_BHKC.transpose(1, 2)).transpose(1, 2)
     sum_BHK = torch.empty(q_BHKC.shape[:-1])
     room = _room(q_BHKC)

@@ -87,6 +87,20 @@ def test_a_wrong_gradient_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         check_agreement(case, RESTATED, CPU, compiled=False)
 
 
+def test_a_gradient_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["dense_l1"]
+    ours = case.ours
+
+    def spoilt(self: Any) -> list[Tensor]:
+        (total,) = ours(self)
+        total.register_hook(lambda slope: slope * torch.nan)
+        return [total]
+
+    monkeypatch.setattr(case, "ours", spoilt)
+    with pytest.raises(ValueError, match="dense_l1: ours differs from the formula by nan"):
+        check_agreement(case, RESTATED, CPU, compiled=False)
+
+
 def test_inputs_are_the_same_for_a_seed_and_others_for_another() -> None:
     one, same, other = (CASES["dense_l1"](TINY, CPU, seed).leaves[0] for seed in (0, 0, 1))
     assert torch.equal(one, same)

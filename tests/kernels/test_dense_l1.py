@@ -244,6 +244,23 @@ def test_a_prediction_that_meets_its_target_has_no_gradient(
     assert not z.grad.any()
 
 
+def test_a_half_precision_gradient_of_a_group_that_outweighs_the_rest_is_finite(
+    backend: str, device: torch.device
+) -> None:
+    case, sizes = make(width=256, levels=4, weighted=False, beta=False), [1, 3]
+    z_RE = case.z_RE[:1].to(device, HALF).expand(4, -1).clone().requires_grad_()
+    total, _ = dense_l1(
+        z_RE, [t.to(device, HALF) for t in case.targets],
+        torch.zeros(4, dtype=torch.long, device=device), sizes, group_weights=[1e5, 30.0],
+        backend=backend,  # type: ignore[arg-type]
+    )  # fmt: skip
+    total.backward()
+    assert z_RE.grad is not None
+    heavy, light = z_RE.grad[0].double().abs(), z_RE.grad[1].double().abs()
+    torch.testing.assert_close(heavy, torch.full_like(heavy, 1e5 / 1024), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(light, torch.full_like(light, 10 / 1024), rtol=1e-2, atol=0.0)
+
+
 def test_a_half_precision_gradient_survives_its_small_mean(
     backend: str, device: torch.device
 ) -> None:

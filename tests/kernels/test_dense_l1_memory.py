@@ -82,10 +82,12 @@ def test_the_gradient_may_take_the_predictions_memory(
     assert (room[:, LEVELS * WIDTH :] == 7.0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_overwriting_inside_a_compiled_function(
-    inputs: Any, backend: Any, called: Callable[[Any], Any]
+    inputs: Any, backend: Any, called: Callable[[Any], Any], dtype: torch.dtype
 ) -> None:
     z_RE, levels, row_R = inputs
+    z_RE = z_RE.to(dtype)
 
     def loss(z_RE: Tensor) -> Tensor:
         prediction = z_RE * 1.0
@@ -96,7 +98,8 @@ def test_overwriting_inside_a_compiled_function(
     leaf = z_RE.clone().requires_grad_()
     (called(loss)(leaf) * 1.5).backward()
     assert torch.equal(leaf, z_RE)
-    torch.testing.assert_close(leaf.grad, gradient_of(inputs, 1.5, backend=backend))
+    expected = gradient_of((z_RE, levels, row_R), 1.5, backend=backend)
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_without_a_gradient_nothing_is_kept_or_overwritten(inputs: Any, backend: Any) -> None:

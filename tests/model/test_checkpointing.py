@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastjepa.bench.memory import peak_and_kept
-from fastjepa.model import Encoder, Predictor, attention
+from fastjepa.model import Encoder, Predictor, attention, attention_cpu
 from fastjepa.model.attention import backend_named
+from fastjepa.model.attention_cpu import LONG_IN_BFLOAT16
 from fastjepa.model.block import Block
 from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers, step_flops
 from fastjepa.observe.footprint import step_activations
@@ -76,6 +77,22 @@ def test_kept_attention_runs_once(kind: str, runs: int) -> None:
         for event in record.events() or ()
     )
     assert calls == runs * 3 * 2  # blocks, mask groups
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("checkpointed", 2), ("attention kept", 1)])
+def test_attention_by_products_is_kept_too(
+    kind: str, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in bfloat16 on a processor that multiplies it."""
+    monkeypatch.setattr(attention_cpu, "multiplies_bfloat16", lambda: True)
+    network, index = encoder(kind, "auto"), torch.arange(LONG_IN_BFLOAT16).expand(1, -1)
+    clip = torch.randn(1, 3, 16, 64, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        with torch.autocast("cpu", torch.bfloat16):
+            level = network(clip, [index])[-1]
+        level.sum().backward()
+    scores = sum(event.name == "aten::baddbmm" for event in record.events() or ())
+    assert scores == (runs + 1) * 3  # once more in its own backward; blocks
 
 
 def test_the_predictor_takes_it_too() -> None:

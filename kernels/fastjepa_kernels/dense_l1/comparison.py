@@ -50,18 +50,22 @@ class Comparison(NamedTuple):
             for size, weight in zip(self.group_sizes, self.group_weights, strict=True)
         ]
 
+    def gradient_scale(self, dtype: torch.dtype) -> float:
+        """The power of two by which the gradient is stored enlarged: its steepest is about one.
+
+        A mean over many numbers has a gradient too small for float16, and the loss scale that
+        would lift it comes after it is rounded.
+        """
+        if dtype != torch.float16:
+            return 1.0
+        pairs = zip(self.group_slopes(), self.group_sizes, strict=True)
+        steepest = max([0.0, *(abs(slope) for slope, size in pairs if size)])
+        steepest *= max([abs(weight) for weight in self.level_weights])
+        return 2.0 ** -math.frexp(steepest)[1]
+
     def check_values(self) -> None:
         """Raises ValueError for a target row that does not exist."""
         check_in_range("row", self.row_R, len(self.targets_MD[0]), "targets")
-
-
-def gradient_scale(dtype: torch.dtype, rows: int, channels: int) -> float:
-    """The power of two by which the gradient is stored enlarged.
-
-    A mean over `rows * channels` numbers has a gradient too small for float16, and the loss scale
-    that would lift it comes after it is rounded.
-    """
-    return 2.0 ** int(rows * channels).bit_length() if dtype == torch.float16 else 1.0
 
 
 def checked(

@@ -19,7 +19,7 @@ from ..backend import Backend
 from ..checks import check_same_device
 from ..library import custom_op
 from ..precision import wide
-from .comparison import Comparison, GroupWeights, checked, gradient_scale
+from .comparison import Comparison, GroupWeights, checked
 from .gradient import scaled
 from .op import implementation, losses_like, new_sums
 
@@ -101,7 +101,7 @@ def _linear_dense_l1(
         dweight_EP.zero_(), dbias_E.zero_()
         either = implementation(backend, x_RP, comparison)
         sums_RL = new_sums(x_RP, len(targets_MD))
-        scale = gradient_scale(x_RP.dtype, rows, channels)
+        scale = comparison.gradient_scale(x_RP.dtype)
         step = chunk_rows(rows, channels * x_RP.element_size(), x_RP.device)
         whole_rE = x_RP.new_empty((min(step, rows), channels))
         for low in range(0, rows, step):
@@ -140,14 +140,15 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_RP, weight_EP, bias_E, targets_MD, *_, backend = inputs
+    x_RP, weight_EP, bias_E, *compared, _, backend = inputs
     _, terms_GL, *gradients = output
+    comparison = Comparison(*compared)
     ctx.mark_non_differentiable(terms_GL, *gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
-    ctx.num_levels, ctx.backend = len(targets_MD), backend
+    ctx.num_levels, ctx.backend = len(comparison.targets_MD), backend
     ctx.dtypes = (x_RP.dtype, weight_EP.dtype, bias_E.dtype)
-    ctx.factor = 1.0 / gradient_scale(x_RP.dtype, len(x_RP), len(weight_EP))
+    ctx.factor = 1.0 / comparison.gradient_scale(x_RP.dtype)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:

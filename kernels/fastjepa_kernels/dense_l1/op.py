@@ -18,7 +18,7 @@ from ..backend import Backend, use_triton
 from ..library import custom_op
 from ..precision import wide
 from . import twin
-from .comparison import Comparison, GroupWeights, checked, gradient_scale
+from .comparison import Comparison, GroupWeights, checked
 from .gradient import scaled
 
 # What the kernel holds in registers and unrolls; the twin takes any number.
@@ -104,13 +104,14 @@ def _(z_RE: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z_RE, targets_MD, *_, backend = inputs
+    z_RE, *compared, _, backend = inputs
     _, terms_GL, dz_RE = output
+    comparison = Comparison(*compared)
     ctx.mark_non_differentiable(terms_GL, dz_RE)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dz_RE)
-    ctx.num_levels, ctx.backend = len(targets_MD), backend
-    ctx.factor = 1.0 / gradient_scale(z_RE.dtype, *z_RE.shape)
+    ctx.num_levels, ctx.backend = len(comparison.targets_MD), backend
+    ctx.factor = 1.0 / comparison.gradient_scale(z_RE.dtype)
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -150,7 +151,7 @@ class _Overwriting(torch.autograd.Function):
         ctx.save_for_backward(z_RE)
         ctx.mark_non_differentiable(terms_GL)
         ctx.backend = backend
-        ctx.factor = 1.0 / gradient_scale(z_RE.dtype, *z_RE.shape)
+        ctx.factor = 1.0 / comparison.gradient_scale(z_RE.dtype)
         return total, terms_GL
 
     @staticmethod
@@ -201,7 +202,7 @@ def _loss(
     comparison.check_values()
     either = implementation(backend, z_RE, comparison)
     sums_RL = new_sums(z_RE, len(comparison.targets_MD))
-    scale = gradient_scale(z_RE.dtype, *z_RE.shape)
+    scale = comparison.gradient_scale(z_RE.dtype)
     either.compare(comparison, z_RE, 0, sums_RL, dz_RE, scale)
     total, terms_GL = either.finish(comparison, sums_RL)
     return total, terms_GL
