@@ -5,11 +5,16 @@ from typing import Annotated
 
 import typer
 
+Weights = Annotated[
+    str,
+    typer.Argument(
+        help="run folder, checkpoint, .safetensors, official .pt, VJEPA2Model, hf://OWNER/NAME"
+    ),
+]
+
 
 def features(
-    model: Annotated[
-        Path, typer.Argument(help="run folder, checkpoint, .safetensors, official .pt, VJEPA2Model")
-    ],
+    model: Weights,
     sources: Annotated[list[str], typer.Argument(help="files, folders, globs or manifests")],
     out: Annotated[Path, typer.Option(help="folder to write to")] = Path("features"),
     levels: Annotated[
@@ -63,9 +68,7 @@ def features(
 
 
 def explore(
-    model: Annotated[
-        Path, typer.Argument(help="run folder, checkpoint, .safetensors, official .pt, VJEPA2Model")
-    ],
+    model: Weights,
     source: Annotated[str, typer.Argument(help="a video or an image")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the .html file to write")],
     level: Annotated[int | None, typer.Option(help="block index; last if left out")] = None,
@@ -112,7 +115,7 @@ def models(
 
 
 def export(
-    weights: Annotated[Path, typer.Argument(help="whatever `fastjepa.load` takes")],
+    weights: Weights,
     to: Annotated[str, typer.Option(help="official, hf, safetensors, onnx or torch-export")],
     out: Annotated[Path, typer.Option(help="the file to write; for hf, the folder")],
     licence: Annotated[str, typer.Option(help="for the model card")] = "unknown",

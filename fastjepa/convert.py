@@ -18,14 +18,14 @@ from fastjepa.checkpoint import (
 from fastjepa.checkpoint.model_card import model_card
 from fastjepa.durable import whole_file, write_text
 from fastjepa.model.traced import TracedEncoder
-from fastjepa.pretrained import build
+from fastjepa.pretrained import build, local
 
 Format = Literal["official", "hf", "safetensors", "onnx", "torch-export"]
 OPSET = 18
 
 
 def convert(
-    source: Path,
+    source: str | Path,
     to: Format,
     out: Path,
     *,
@@ -34,7 +34,8 @@ def convert(
     levels: Sequence[int] | None = None,
     context: bool = False,
 ) -> list[Path]:
-    """Write the weights in `source` as `out`; returns the files that were written.
+    """Write the weights in `source`, whatever `fastjepa.load` takes, as `out`; returns the files
+    that were written.
 
     `official`: every network that is there, as a `.pt`; `hf`: a folder of `VJEPA2Model`;
     `safetensors`: the encoder with its predictor, if there is one, and a card; `onnx` and
@@ -47,7 +48,7 @@ def convert(
         raise ValueError(f"--to: expected one of {', '.join(get_args(Format))}, got {to!r}")
     if out.exists():
         raise ValueError(f"--out {out}: exists already; choose another name")
-    networks, found = read_networks(source)
+    networks, found = read_networks(local(source))
     if context:
         found = _context(networks, found, to)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,16 @@ def load(
     mapped from the file, which must not be changed in place then. Raises CheckpointError (a
     ValueError) naming what was found, and each key that is missing, extra or of another shape.
     """
-    local = fetch(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else Path(path)
-    return build(find(local), str(path), device=device, dtype=dtype)
+    return build(find(local(path)), str(path), device=device, dtype=dtype)
+
+
+def local(path: str | Path) -> Path:
+    """Where weights lie on this machine: a path as it is, an `hf://` name once it is fetched.
+
+    Raises CheckpointError for what cannot be fetched.
+    """
+    name = str(path)
+    return fetch(name.removeprefix(HUB)) if name.startswith(HUB) else Path(path)
 
 
 def find(path: Path) -> FoundEncoder:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastjepa.checkpoint import write_encoder, write_huggingface
@@ -75,8 +76,13 @@ def load(name: str, hub: str, home: Path) -> str:
         "try: print(fastjepa.load(sys.argv[1]).origin)\n"
         "except ValueError as error: print(error)"
     )
+    return run_python(hub, home, "-c", code, name)
+
+
+def run_python(hub: str, home: Path, *arguments: str) -> str:
+    """What a fresh Python writes that knows this hub alone."""
     run = subprocess.run(
-        [sys.executable, "-c", code, name], capture_output=True, text=True, check=False,
+        [sys.executable, *arguments], capture_output=True, text=True, check=False,
         env={
             "PATH": "", "PYTHONPATH": ":".join(sys.path), "HF_ENDPOINT": hub,
             "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
@@ -104,6 +110,23 @@ def test_a_model_in_one_file_or_several_and_a_single_file(tmp_path: Path, hub: s
     assert load("hf://me/several", hub, tmp_path / "home") == model
     found = load("hf://me/one/own.safetensors", hub, tmp_path / "home")
     assert found == "V-JEPA 2, 2 blocks of 24, an exported file"
+
+
+def test_commands_take_names_of_the_hub(tmp_path: Path, hub: str) -> None:
+    state, sizes = Encoder(**SIZES).state_dict(), parse_sizes(SIZES, "")
+    write_huggingface(tmp_path / "hub" / "me" / "one", state, sizes)
+    Image.new("RGB", (40, 32), "teal").save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    for command, *rest in (
+        ("models",),
+        ("features", str(tmp_path / "a.png"), "--size", "32", "--out", str(out)),
+        ("explore", str(tmp_path / "a.png"), "--size", "32", "--out", str(out / "a.html")),
+        ("export", "--to", "safetensors", "--out", str(out / "encoder.safetensors")),
+    ):
+        words = [command, "hf://me/one", *rest]
+        run_python(hub, tmp_path / "home", "-m", "fastjepa.cli", *words)
+    written = {path.name for path in out.iterdir()}
+    assert written == {"a.safetensors", "a.html", "encoder.safetensors", "encoder.md"}
 
 
 def test_what_the_hub_does_not_have_is_named(tmp_path: Path, hub: str) -> None:
