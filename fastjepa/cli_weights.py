@@ -126,6 +126,10 @@ def export(
     context: Annotated[
         bool, typer.Option("--context", help="the encoder that was trained, not its average")
     ] = False,
+    crop: Annotated[
+        int | None,
+        typer.Option(min=1, help="hf: side in pixels; the source's or the release's if left out"),
+    ] = None,
 ) -> None:
     """Write weights in another format: official file, Hugging Face folder, safetensors, graph."""
     from fastjepa.convert import convert
@@ -133,7 +137,7 @@ def export(
     chosen = None if levels is None else _numbers("--levels", levels)
     for path in convert(
         weights, to, out, licence=licence, image=image, levels=chosen,  # type: ignore[arg-type]
-        context=context,
+        context=context, crop=crop,
     ):  # fmt: skip
         typer.echo(f"wrote {path}")
 

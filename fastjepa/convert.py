@@ -15,6 +15,8 @@ from fastjepa.checkpoint import (
     write_huggingface,
     write_official,
 )
+from fastjepa.checkpoint.catalogue import released
+from fastjepa.checkpoint.huggingface import Setup, read_setup
 from fastjepa.checkpoint.model_card import model_card
 from fastjepa.durable import whole_file, write_text
 from fastjepa.model.traced import TracedEncoder
@@ -33,6 +35,7 @@ def convert(
     image: bool = False,
     levels: Sequence[int] | None = None,
     context: bool = False,
+    crop: int | None = None,
 ) -> list[Path]:
     """Write the weights in `source`, whatever `fastjepa.load` takes, as `out`; returns the files
     that were written.
@@ -41,7 +44,9 @@ def convert(
     `safetensors`: the encoder with its predictor, if there is one, and a card; `onnx` and
     `torch-export`: the encoder's graph for videos, or for images (`image`), with the features of
     `levels`, the last one if None, at any batch, number of frames and resolution that divides.
-    `context` takes the encoder that was trained rather than its average. Raises ValueError: a
+    `context` takes the encoder that was trained rather than its average. `crop` is the side in
+    pixels that a `VJEPA2Model` is for; if None that of the source's config, else that of the
+    released file of its name, else 256. Raises ValueError: a
     format that there is not, an `out` that exists, weights that the format cannot express.
     """
     if to not in get_args(Format):
@@ -58,7 +63,7 @@ def convert(
     if to == "hf":
         # A 2.1 predictor has no place there.
         predictor = networks.get("predictor") if found.sizes["generation"] == "2" else None
-        write_huggingface(out, found.tensors, found.sizes, predictor)
+        write_huggingface(out, found.tensors, found.sizes, predictor, _setup(found, crop))
         write_text(out / "README.md", model_card(found, str(out.name), licence))
         return sorted(out.iterdir())
     if to == "safetensors":
@@ -68,6 +73,15 @@ def convert(
         write_text(card, text)
         return [out, card]
     return _write_graph(found, to, out, image=image, levels=levels)
+
+
+def _setup(found: FoundEncoder, crop: int | None) -> Setup:
+    if found.kind == "huggingface":
+        setup = read_setup(found.path)
+    else:
+        known = released(found.path.name)
+        setup = Setup(crop=known.size) if known else Setup()
+    return setup if crop is None else setup._replace(crop=crop)
 
 
 def _context(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastjepa
 from fastjepa.checkpoint import CheckpointError, read_encoder, read_networks, save_checkpoint
+from fastjepa.checkpoint.huggingface import read_setup
 from fastjepa.checkpoint.layout import begin, publish, state_text
 from fastjepa.checkpoint.manifest import write_shares
 from fastjepa.checkpoint.pieces import Piece
@@ -206,6 +207,45 @@ def test_hugging_face_folders_come_with_a_card(tmp_path: Path, run: Path) -> Non
     with pytest.raises(CheckpointError, match=r"its RoPE is V-JEPA 2\.1's"):
         convert(run, "hf", tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+def test_hugging_face_to_hugging_face_keeps_crop_and_predictor_heads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VJEPA2Config(
+        hidden_size=48, num_attention_heads=2, num_hidden_layers=2, crop_size=384,
+        frames_per_clip=16, pred_hidden_size=24, pred_num_attention_heads=4,
+        pred_num_hidden_layers=2,
+    )  # fmt: skip
+    theirs = stirred(transformers.VJEPA2Model(config))
+    theirs.save_pretrained(tmp_path / "a")
+    convert(tmp_path / "a", "hf", tmp_path / "b")
+    again = transformers.VJEPA2Model.from_pretrained(tmp_path / "b").eval()
+    for key in ("crop_size", "frames_per_clip", "pred_num_attention_heads"):
+        assert getattr(again.config, key) == getattr(config, key)
+    x = clip(1, 4, 384, 384).transpose(1, 2)
+    with torch.no_grad():
+        found, expected = again(x), theirs(x)
+    assert torch.equal(found.last_hidden_state, expected.last_hidden_state)
+    predicted = (one.predictor_output.last_hidden_state for one in (found, expected))
+    assert torch.equal(*predicted)
+    (tmp_path / "a" / "config.json").write_text('{"model_type": "vjepa2", "crop_size": [384]}')
+    with pytest.raises(CheckpointError, match=r"whole numbers above 0, found .*\[384\]"):
+        read_setup(tmp_path / "a")
+
+
+def test_the_crop_of_other_weights_is_the_releases_or_as_asked(tmp_path: Path) -> None:
+    encoder = stirred(build_encoder("vit_tiny", **SECOND)).state_dict()
+    for name in ("vitg-384.pt", "mine.pt"):
+        torch.save({"target_encoder": encoder}, tmp_path / name)
+
+    def crop_of(source: str, *more: str) -> int:
+        out = tmp_path / f"{source}-{len(more)}"
+        words = ["export", str(tmp_path / source), "--to", "hf", "--out", str(out), *more]
+        main_exits_well(words)
+        return int(json.loads((out / "config.json").read_text())["crop_size"])
+
+    assert [crop_of("vitg-384.pt"), crop_of("mine.pt")] == [384, 256]
+    assert crop_of("mine.pt", "--crop", "288") == 288
 
 
 SHAPES = {False: [(1, 4, 64, 96), (3, 6, 32, 80)], True: [(1, 1, 64, 96), (3, 1, 32, 80)]}

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ _MASK_TOKENS = "predictor.embeddings.mask_tokens"
 _QKV = ("query", "key", "value")
 
 
+class Setup(NamedTuple):
+    """What a config says that no tensor and no size of an encoder does: the square in pixels whose
+    grid positions are counted on, frames of a clip, the predictor's heads. As released by default.
+    """
+
+    crop: int = 256
+    frames: int = 64
+    predictor_heads: int = 12
+
+
+_SETUP = ("crop_size", "frames_per_clip", "pred_num_attention_heads")
+
+
 def is_huggingface(folder: Path) -> bool:
     """Whether a folder says that it is a model of Hugging Face's (a config.json)."""
     return (folder / CONFIG).is_file()
@@ -75,22 +88,30 @@ def read_huggingface(
     return tensors, sizes, _read(files, _PREDICTOR)
 
 
+def read_setup(folder: Path) -> Setup:
+    """The setup that a folder's config.json says. Raises CheckpointError for what is no number."""
+    config = _config(folder / CONFIG)
+    said = {key: config.get(key, usual) for key, usual in zip(_SETUP, Setup(), strict=True)}
+    if not all(type(value) is int and value > 0 for value in said.values()):
+        raise CheckpointError(f"{folder / CONFIG}: expected whole numbers above 0, found {said}")
+    return Setup(*said.values())
+
+
 def write_huggingface(
     folder: Path,
     tensors: Mapping[str, Tensor],
     sizes: EncoderSizes,
     predictor: Mapping[str, Tensor] | None = None,
-    *,
-    predictor_heads: int = 12,
-    crop: int = 256,
+    setup: Setup | None = None,
 ) -> None:
-    """Write an encoder as a `VJEPA2Model` for square pictures of `crop` pixels.
+    """Write an encoder as a `VJEPA2Model` of this `setup`, the released one if None.
 
     The modality embedding of videos goes into the tokenizer's bias. A V-JEPA 2 predictor is written
     too. Raises CheckpointError saying which part of the encoder that model has no form for.
     """
+    setup = setup or Setup()
     check_sizes(sizes, tensors, "encoder to export")
-    _refuse_inexpressible(sizes, crop)
+    _refuse_inexpressible(sizes, setup.crop)
     plain = _as_2(tensors, sizes)
     own = dict(predictor or {})
     if any(name.startswith(("video_mod_embed", "predictor_embed.0.")) for name in own):
@@ -102,14 +123,14 @@ def write_huggingface(
         "architectures": ["VJEPA2Model"],
         "torch_dtype": str(plain["norm.weight"].dtype).removeprefix("torch."),
         "patch_size": sizes["patch"],
-        "crop_size": crop,
+        "crop_size": setup.crop,
         "tubelet_size": sizes["tubelet"],
-        "frames_per_clip": 64,
+        "frames_per_clip": setup.frames,
         "hidden_size": sizes["width"],
         "num_hidden_layers": sizes["depth"],
         "num_attention_heads": sizes["heads"],
         "mlp_ratio": _ratio(sizes["mlp_width"], sizes["width"]),
-        **_predictor_config(own, predictor_heads),
+        **_predictor_config(own, setup.predictor_heads),
     }
     named = _their_names({**plain, **own})
     try:

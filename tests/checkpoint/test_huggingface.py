@@ -10,6 +10,7 @@ from torch import Tensor
 import fastjepa
 from fastjepa.checkpoint import CheckpointError, read_huggingface, write_huggingface
 from fastjepa.checkpoint.encoder_sizes import parse_sizes
+from fastjepa.checkpoint.huggingface import Setup
 from fastjepa.model import Encoder
 
 SIZES: dict[str, Any] = {
@@ -55,7 +56,7 @@ def test_their_random_weights_here(tmp_path: Path) -> None:
     assert ours.origin == "V-JEPA 2, 3 blocks of 48, a Hugging Face VJEPA2Model"
     same_features(theirs, ours)
     tensors, sizes, predictor = read_huggingface(tmp_path)
-    write_huggingface(tmp_path / "again", tensors, sizes, predictor, predictor_heads=2)
+    write_huggingface(tmp_path / "again", tensors, sizes, predictor, Setup(predictor_heads=2))
     again = transformers.VJEPA2Model.from_pretrained(tmp_path / "again")
     assert again.state_dict().keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
@@ -93,5 +94,7 @@ def test_what_that_model_cannot_express_is_said(
     with pytest.raises(
         CheckpointError, match=f"VJEPA2Model cannot express this encoder: .*{words}"
     ):
-        write_huggingface(tmp_path, Encoder(**raw).state_dict(), parse_sizes(raw, ""), crop=crop)
+        write_huggingface(
+            tmp_path, Encoder(**raw).state_dict(), parse_sizes(raw, ""), setup=Setup(crop=crop)
+        )
     assert not list(tmp_path.iterdir())
