@@ -57,41 +57,58 @@ def _clip(held: Iterable[NDArray[np.uint8]]) -> Tensor:
 
 
 class Blend:
-    """Features of one video's windows, in any order of arrival, averaged where they overlap.
+    """Features of one video's windows, averaged where they overlap.
 
     A step counts the more, the nearer it is to its window's middle, where it sees most around it.
+    Holds one weighted sum of the whole video a level, which grows with each window.
     """
 
     def __init__(self) -> None:
-        self._parts: list[tuple[int, Mapping[int, Tensor]]] = []
+        self._sums: dict[int, NDArray[np.float32]] = {}
+        self._weights = np.zeros(0, np.float32)
+        self._dtype = torch.float32
+        self._alone: Mapping[int, Tensor] | None = None
         self._windows: int | None = None
+        self._taken = 0
 
     def expect(self, windows: int) -> None:
-        """How many windows there are, once that is known."""
+        """How many windows there are, once that is known: before the last one is added."""
         self._windows = windows
 
     def add(self, first: int, features: Mapping[int, Tensor]) -> bool:
         """Take a window's features by level [T', H', W', D], from step `first` on; True if that
         completes the video."""
-        self._parts.append((first, features))
-        return len(self._parts) == self._windows
+        if self._windows == 1:
+            self._alone = features
+            return True
+        self._taken += 1
+        steps = len(next(iter(features.values())))
+        here = slice(first, first + steps)
+        ramp = np.arange(1.0, steps + 1, dtype=np.float32)
+        w_T = np.minimum(ramp, ramp[::-1])
+        _grow(self._weights, here.stop)
+        self._weights[here] += w_T
+        for level, x_THWD in features.items():
+            self._dtype = x_THWD.dtype
+            empty = np.zeros((0, *x_THWD.shape[1:]), np.float32)
+            total = self._sums.setdefault(level, empty)
+            _grow(total, here.stop)
+            total[here] += x_THWD.float().numpy() * w_T[:, None, None, None]
+        return self._taken == self._windows
 
     def result(self) -> dict[int, Tensor]:
-        """The video's features by level [N, H', W', D], in the dtype that came."""
-        self._parts.sort(key=lambda part: part[0])
-        if len(self._parts) == 1:
-            return dict(self._parts[0][1])
-        return {level: self._level(level) for level in self._parts[0][1]}
+        """The video's features by level [N, H', W', D], in the dtype that came; once."""
+        if self._alone is not None:
+            return dict(self._alone)
+        found = {}
+        for level in list(self._sums):
+            total = self._sums.pop(level)
+            total /= self._weights[:, None, None, None]
+            found[level] = torch.from_numpy(total).to(self._dtype)
+        return found
 
-    def _level(self, level: int) -> Tensor:
-        parts = [(first, features[level]) for first, features in self._parts]
-        steps = max(first + len(x) for first, x in parts)
-        like = parts[0][1]
-        total = torch.zeros(steps, *like.shape[1:])
-        weight = torch.zeros(steps, 1, 1, 1)
-        for first, x_THWD in parts:
-            ramp = torch.arange(1.0, len(x_THWD) + 1)
-            w_T = torch.minimum(ramp, ramp.flip(0)).view(-1, 1, 1, 1)
-            total[first : first + len(x_THWD)] += w_T * x_THWD.float()
-            weight[first : first + len(x_THWD)] += w_T
-        return (total / weight).to(like.dtype)
+
+def _grow(array: NDArray[np.float32], length: int) -> None:
+    """Lengthen an array by zeros, where it lies: large ones are moved by the system, not copied."""
+    if length > len(array):
+        array.resize((length, *array.shape[1:]), refcheck=False)

@@ -1,6 +1,9 @@
 """Long videos: windows cover every picture, and their blended features are one sequence."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,6 +75,63 @@ def test_the_middle_of_a_window_counts_most() -> None:
     torch.testing.assert_close(
         found.flatten().float(), torch.tensor([0, 0, 1 / 3, 2 / 3, 1, 1]), atol=4e-3, rtol=0
     )
+
+
+def weighted_means(parts: list[tuple[int, Tensor]]) -> Tensor:
+    """The formula, with all windows at hand."""
+    steps = max(first + len(x) for first, x in parts)
+    total, weight = torch.zeros(steps, *parts[0][1].shape[1:]), torch.zeros(steps, 1, 1, 1)
+    for first, x in parts:
+        ramp = torch.arange(1.0, len(x) + 1)
+        w = torch.minimum(ramp, ramp.flip(0)).view(-1, 1, 1, 1)
+        total[first : first + len(x)] += w * x
+        weight[first : first + len(x)] += w
+    return total / weight
+
+
+def test_blended_features_are_the_weighted_means_and_one_window_is_as_it_came() -> None:
+    random = torch.Generator().manual_seed(0)
+    parts = [(first, torch.randn(8, 2, 3, 5, generator=random)) for first in (0, 3, 6, 9, 11)]
+    blend = Blend()
+    for first, x in parts:
+        blend.add(first, {2: x, 5: -x})
+    expected = weighted_means(parts)
+    found = blend.result()
+    assert list(found) == [2, 5]
+    assert torch.equal(found[2], expected)
+    assert torch.equal(found[5], -expected)
+    alone = Blend()
+    alone.expect(1)
+    assert alone.add(0, {2: parts[0][1]})
+    assert torch.equal(alone.result()[2], parts[0][1])
+
+
+MEASURE = """
+import torch
+from fastjepa.features.windows import Blend
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+def blended(steps):
+    blend = Blend()
+    for first in range(0, steps - 31, 8):
+        blend.add(first, {0: torch.ones(32, 16, 16, 128)})
+    return blend.result()[0]
+blended(40)
+before = peak()
+size = blended(1024).nbytes
+print(peak() - before, size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_a_long_video_is_held_once_however_much_its_windows_overlap() -> None:
+    """134 MB of features, each step in four windows: below 1.5 times that at the peak."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True
+    )
+    grown, size = map(int, run.stdout.split())
+    assert grown < 1.5 * size
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(5, 2), (4, 1), (4, 4), (4, -2)])
