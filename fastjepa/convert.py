@@ -20,6 +20,7 @@ from fastjepa.checkpoint.huggingface import Setup, read_setup
 from fastjepa.checkpoint.model_card import model_card
 from fastjepa.durable import whole_file, write_text
 from fastjepa.model.traced import TracedEncoder
+from fastjepa.observe.sinks import read_metrics
 from fastjepa.pretrained import build, local
 
 Format = Literal["official", "hf", "safetensors", "onnx", "torch-export"]
@@ -47,12 +48,13 @@ def convert(
     `context` takes the encoder that was trained rather than its average. `crop` is the side in
     pixels that a `VJEPA2Model` is for; if None that of the source's config, else that of the
     released file of its name, else 256. Raises ValueError: a
-    format that there is not, an `out` that exists, weights that the format cannot express.
+    format that there is not, a file that exists, weights that the format cannot express.
     """
     if to not in get_args(Format):
         raise ValueError(f"--to: expected one of {', '.join(get_args(Format))}, got {to!r}")
-    if out.exists():
-        raise ValueError(f"--out {out}: exists already; choose another name")
+    for path in _outputs(out, to):
+        if path.exists():
+            raise ValueError(f"--out {path}: exists already; choose another name")
     networks, found = read_networks(local(source))
     if context:
         found = _context(networks, found, to)
@@ -63,16 +65,35 @@ def convert(
     if to == "hf":
         # A 2.1 predictor has no place there.
         predictor = networks.get("predictor") if found.sizes["generation"] == "2" else None
+        text = model_card(found, out.name, licence, _metrics(found))
         write_huggingface(out, found.tensors, found.sizes, predictor, _setup(found, crop))
-        write_text(out / "README.md", model_card(found, str(out.name), licence))
+        write_text(out / "README.md", text)
         return sorted(out.iterdir())
     if to == "safetensors":
-        card, text = out.with_suffix(".md"), model_card(found, out.name, licence)
+        text = model_card(found, out.name, licence, _metrics(found))
         notes = {"license": licence, "about": found.about}
         write_encoder(out, found.tensors, found.sizes, notes, networks.get("predictor"))
-        write_text(card, text)
-        return [out, card]
+        write_text(out.with_suffix(".md"), text)
+        return _outputs(out, to)
     return _write_graph(found, to, out, image=image, levels=levels)
+
+
+def _outputs(out: Path, to: Format) -> list[Path]:
+    """Files, or the folder, that a format may write."""
+    if to == "safetensors":
+        if out.suffix == ".md":
+            raise ValueError(f"--out {out}: the model card takes this name; choose another ending")
+        return [out, out.with_suffix(".md")]
+    return [out, Path(f"{out}.data")] if to == "onnx" else [out]
+
+
+def _metrics(found: FoundEncoder) -> dict[str, float] | None:
+    """The last that a run logged up to its checkpoint."""
+    log = found.path.parent.parent / "metrics.jsonl"
+    if found.step is None or not log.is_file():
+        return None
+    known = [row for row in read_metrics(log) if row["step"] <= found.step]
+    return known[-1] if known else None
 
 
 def _setup(found: FoundEncoder, crop: int | None) -> Setup:
@@ -117,7 +138,7 @@ def _write_graph(
     )  # fmt: skip
     assert exported is not None
     exported.save(out)
-    return [out, *(side for side in [Path(f"{out}.data")] if side.exists())]
+    return [path for path in _outputs(out, "onnx") if path.exists()]
 
 
 @torch.no_grad()

@@ -128,6 +128,37 @@ def test_safetensors_come_with_a_card(
     assert "Not known: not exported from a run." in again.with_suffix(".md").read_text()
 
 
+def test_a_card_has_the_metrics_of_its_checkpoint(tmp_path: Path, run: Path) -> None:
+    """Not those of later steps, and none of a line that is still being written."""
+    log = run / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 12, "loss": 0.125}\n{"step": 13, "lo')
+    convert(run, "safetensors", tmp_path / "a.safetensors")
+    card = (tmp_path / "a.md").read_text()
+    assert "| step | 9 |" in card
+    assert "| loss | 0.25 |" in card
+    log.write_text('{"step": 12, "loss": 0.125}\n')
+    convert(run, "safetensors", tmp_path / "b.safetensors")
+    assert "Not known: none were logged of these weights." in (tmp_path / "b.md").read_text()
+
+
+def test_nothing_is_written_where_a_file_would_be_replaced(tmp_path: Path, run: Path) -> None:
+    for there, to, out in (
+        ("a.md", "safetensors", "a.safetensors"),
+        ("a.onnx.data", "onnx", "a.onnx"),
+    ):
+        (tmp_path / there).write_text("mine")
+        with pytest.raises(ValueError, match=rf"{there}: exists already"):
+            convert(run, to, tmp_path / out)  # type: ignore[arg-type]
+        assert (tmp_path / there).read_text() == "mine"
+        assert not (tmp_path / out).exists()
+    with pytest.raises(ValueError, match=r"b\.md: the model card takes this name"):
+        convert(run, "safetensors", tmp_path / "b.md")
+    (run / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 1: expected a JSON object"):
+        convert(run, "safetensors", tmp_path / "c.safetensors")
+    assert not (tmp_path / "c.safetensors").exists()
+
+
 def test_the_context_encoder_if_it_is_asked_for(tmp_path: Path, run: Path) -> None:
     out = tmp_path / "context.safetensors"
     main_exits_well(["export", str(run), "--to", "safetensors", "--out", str(out), "--context"])

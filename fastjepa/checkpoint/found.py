@@ -35,7 +35,7 @@ class FoundEncoder:
 
     `tensors` are mapped from the disk where the format allows it: files must not be changed in
     place while they are in use. `path` is the file or folder that was read: of a run, its
-    checkpoint.
+    checkpoint, which is of `step`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -43,6 +43,7 @@ class FoundEncoder:
     about: str
     path: Path
     kind: Literal["checkpoint", "exported", "official", "huggingface"]
+    step: int | None = None
 
 
 def read_encoder(path: Path) -> FoundEncoder:
@@ -101,7 +102,7 @@ def _read_checkpoint(path: Path) -> FoundEncoder:
     sizes = parse_sizes(checkpoint.state.get("model"), f"{path}: model in state.json")
     check_sizes(sizes, tensors, str(path))
     about = _about(tensors, sizes, f"{_PART} of a run after {checkpoint.step} steps")
-    return FoundEncoder(tensors, sizes, about, checkpoint.path, "checkpoint")
+    return FoundEncoder(tensors, sizes, about, checkpoint.path, "checkpoint", checkpoint.step)
 
 
 def _read_file(path: Path) -> FoundEncoder:

@@ -1,6 +1,5 @@
 """A model card beside exported weights: what they are, how they were trained, the licence."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,15 @@ from fastjepa.checkpoint.found import FoundEncoder
 from fastjepa.checkpoint.run_folder import RECIPE
 from fastjepa.checkpoint.tensor_file import CheckpointError
 
-_METRICS = "metrics.jsonl"
 
-
-def model_card(found: FoundEncoder, file: str, licence: str) -> str:
+def model_card(
+    found: FoundEncoder, file: str, licence: str, metrics: Mapping[str, float] | None = None
+) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
-    Recipe, data sets and last logged metrics are those of the run around a checkpoint; other
-    weights say that theirs are not known. Raises CheckpointError for a recipe or metrics that
-    cannot be read.
+    `metrics` are those that were logged of these weights. Recipe and data sets are those of the run
+    around a checkpoint; other weights say that theirs are not known. Raises CheckpointError for a
+    recipe that cannot be read.
     """
     run = found.path.parent.parent if found.kind == "checkpoint" else None
     sizes = "\n".join(f"| {key} | {_shown(value)} |" for key, value in found.sizes.items())
@@ -50,7 +49,7 @@ def model_card(found: FoundEncoder, file: str, licence: str) -> str:
 
 ## Metrics
 
-{_metrics(run)}
+{_metrics(metrics)}
 
 ## Recipe
 
@@ -70,17 +69,10 @@ def _data(run: Path | None) -> str:
     return "\n".join(lines) or "None named in the recipe."
 
 
-def _metrics(run: Path | None) -> str:
-    path = None if run is None else run / _METRICS
-    if path is None or not path.is_file():
-        return "Not known: no metrics beside these weights."
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        last: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    numbers = {key: value for key, value in last.items() if isinstance(value, int | float)}
-    rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in numbers.items())
+def _metrics(metrics: Mapping[str, float] | None) -> str:
+    if metrics is None:
+        return "Not known: none were logged of these weights."
+    rows = "\n".join(f"| {key} | {value:.6g} |" for key, value in metrics.items())
     return f"The last that were logged:\n\n| metric | value |\n|---|---|\n{rows}"
 
 
