@@ -123,10 +123,12 @@ def extract_files(
             paths.append(_video(out, name))
         if picture:
             clip = first_clip(path)
-            steps = max(1, clip.shape[1] // encoder.tubelet)
+            # Windows of a video shorter than `frames` have its own frames alone.
+            steps = min(len(whole), max(1, clip.shape[1] // encoder.tubelet))
             rows = {f"block {level}": features[level][:steps] for level in chosen}
+            shown = clip[:, : steps * encoder.tubelet]
             with atomic_file(_picture(out, name)) as file:
-                pca_picture(clip, rows, cell=_CELL).save(file, format="png", optimize=True)
+                pca_picture(shown, rows, cell=_CELL).save(file, format="png", optimize=True)
             paths.append(_picture(out, name))
         yield Extracted(path, paths, tuple(whole.shape), "")
     for path, reason in failed:

@@ -209,6 +209,23 @@ def test_a_picture_has_a_row_for_each_level(
         list(extract_files(load(exported), [VIDEO], tmp_path / "out", form="npy", picture=True))
 
 
+@pytest.mark.parametrize("count", [1, 6, 7, 8])
+def test_a_picture_of_a_video_shorter_than_a_window_has_its_own_frames(
+    exported: Path, tmp_path: Path, count: int
+) -> None:
+    source = numbered_video(tmp_path / "a.mp4", count)
+    (one,) = extract_files(
+        load(exported), [source], tmp_path / "out", size=32, frames=16, fps=8.0, overlap=8,
+        picture=True,
+    )  # fmt: skip
+    path, picture = one.paths
+    features = load_file(path)["level3"]
+    assert len(features) == (count + 1) // 2
+    clip = load_for_features(source, 32, 2 * len(features), 8.0)
+    expected = pca_picture(clip, {"block 3": features}, cell=240)
+    assert np.array_equal(np.asarray(Image.open(picture)), np.asarray(expected))
+
+
 def test_a_clip_may_begin_later(exported: Path, tmp_path: Path) -> None:
     encoder = load(exported)
     (late,) = extract_files(
