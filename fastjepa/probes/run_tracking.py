@@ -22,7 +22,7 @@ from fastjepa.durable import write_text
 from fastjepa.model import Encoder
 from fastjepa.probes.confusion import IGNORED
 from fastjepa.probes.davis_metric import boundary, region
-from fastjepa.probes.feature_store import View, weights_digest
+from fastjepa.probes.feature_store import View, file_state, named_by, weights_digest
 from fastjepa.probes.label_pictures import read_mask
 from fastjepa.probes.propagation import propagate
 from fastjepa.probes.report import Result, progress
@@ -98,7 +98,8 @@ def probe_tracking(
     with progress("videos", len(videos)) as advance:
         for video in videos:
             file = out / "tracking" / f"{video.name}.json"
-            about = {**facts, "frames_of_video": len(video.frames), "folder": str(data.resolve())}
+            files = [file_state(str(path)) for path in (*video.frames, *video.masks.values())]
+            about = {**facts, "files": named_by(files)}
             saved = json.loads(file.read_text("utf-8")) if file.exists() else {}
             if saved.get("facts") != about:
                 saved = {"facts": about, "objects": _track(encoder, video, view, where, device)}

@@ -123,6 +123,27 @@ def test_a_video_that_was_tracked_is_not_tracked_again(
     assert result(tmp_path, "tracking")["parts"]["one 1"]["J"] <= 1.0
 
 
+@pytest.mark.parametrize(
+    "changed", ["Annotations/480p/one/00002.png", "JPEGImages/480p/one/00001.jpg"]
+)
+def test_a_video_whose_masks_or_frames_changed_is_tracked_again(
+    weights: Path, davis: Path, tmp_path: Path, changed: str
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(davis, data)
+    probe("tracking", weights, data, "--size", 32, "--out", out)
+    for name in ("one", "two"):
+        kept = out / f"tracking/{name}.json"
+        marked = json.loads(kept.read_text("utf-8"))
+        marked["objects"]["1"]["J"] = 7.0
+        kept.write_text(json.dumps(marked), "utf-8")
+    os.utime(data / changed, ns=(1, 1))
+    probe("tracking", weights, data, "--size", 32, "--out", out)
+    parts = result(out, "tracking")["parts"]
+    assert parts["one 1"]["J"] <= 1.0
+    assert parts["two 1"]["J"] == 7.0
+
+
 def test_heads_of_other_labels_are_not_taken_for_these(
     weights: Path, dense: Path, tmp_path: Path
 ) -> None:
