@@ -119,6 +119,7 @@ def probe_segmentation(
     classes: Annotated[
         int | None, typer.Option(min=2, help="how many; as the training masks have if left out")
     ] = None,
+    ignore: Annotated[int | None, typer.Option(help="a label to leave out, beside 255")] = None,
     lr: Lr = None,
     weight_decay: Decay = None,
     epochs: Epochs = 10,
@@ -138,9 +139,9 @@ def probe_segmentation(
     def probe(encoder: "Encoder", place: Any) -> "Result":
         return run(
             encoder, train, test, out, _picture(encoder, level, size), weights=weights,
-            num_classes=classes, settings=grid(lr or RATES, weight_decay or DECAYS),
-            epochs=epochs, head_batch=head_batch, holdout=holdout, batch=batch, seed=seed,
-            device=place,
+            num_classes=classes, ignore=ignore,
+            settings=grid(lr or RATES, weight_decay or DECAYS), epochs=epochs,
+            head_batch=head_batch, holdout=holdout, batch=batch, seed=seed, device=place,
         )  # fmt: skip
 
     _run(weights, device, probe)

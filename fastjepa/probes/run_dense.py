@@ -46,6 +46,7 @@ def probe_segmentation(
     *,
     weights: str,
     num_classes: int | None = None,
+    ignore: int | None = None,
     settings: Sequence[Setting] = linear_segmentation.SETTINGS,
     epochs: int = 10,
     head_batch: int = 16,
@@ -56,26 +57,37 @@ def probe_segmentation(
 ) -> Result:
     """Linear segmentation, labels in `masks/`. Writes `out/segmentation.json`.
 
-    num_classes: the largest class of the training masks + 1 if None. A killed probe goes on from
-    the last epoch, in `out/heads`. Raises ValueError for data or a view that does not fit.
+    num_classes: the largest class of the training masks + 1 if None. ignore: a label that is left
+    out, beside 255. A killed probe goes on from the last epoch, in `out/heads`. Raises ValueError
+    for data or a view that does not fit, such as a mask, which is named, with a label that is no
+    class.
     """
     pairs = read_pairs(train, "masks"), read_pairs(test, "masks")
-    classes = num_classes or _num_classes(pairs[0])
-    parts = _parts(encoder, pairs, out, view, read_mask, holdout, batch, seed, device)
+
+    def read(path: str) -> Tensor:
+        mask = read_mask(path)
+        return mask if ignore is None else mask.where(mask != ignore, IGNORED)
+
+    classes = _num_classes(pairs, read, num_classes)
+    parts = _parts(encoder, pairs, out, view, read, holdout, batch, seed, device)
     sweep = segmentation_sweep(
         encoder.width, classes, settings=settings, epochs=epochs, batch=head_batch, seed=seed,
         device=device,
     )  # fmt: skip
-    file = out / "heads" / f"segmentation-{parts.name}.safetensors"
+    name = f"segmentation-{parts.name}{'' if ignore is None else f'-{ignore}'}.safetensors"
+    file = out / "heads" / name
     train_heads(sweep, parts.fit, file, epochs)
-    best, on_held = sweep.best(lambda head: mean_iou(count(head, parts.choose, classes)))
-    counts = [count(head, parts.test, classes) for head in sweep.heads]
+    best, on_held = sweep.best(
+        lambda head: mean_iou(count(head, parts.choose, classes, head_batch))
+    )
+    counts = [count(head, parts.test, classes, head_batch) for head in sweep.heads]
     ious = class_ious(counts[best])
     result = Result(
         probe="segmentation",
         weights=weights,
         setup={"train": train, "test": test, **asdict(view), "classes": classes,
-               "epochs": epochs, "head_batch": head_batch, "holdout": holdout, "seed": seed},
+               "ignore": ignore, "epochs": epochs, "head_batch": head_batch, "holdout": holdout,
+               "seed": seed},
         scores={"miou": mean_iou(counts[best])},
         chosen=sweep.settings[best]._asdict(),
         candidates=candidates(sweep.settings, on_held, [mean_iou(one) for one in counts]),
@@ -124,8 +136,10 @@ def probe_depth(
     parts = _parts(encoder, pairs, out, view, read, holdout, batch, seed, device)
     name = f"depth-{parts.name}-{low:g}-{high:g}-{unit:g}.safetensors"
     train_heads(sweep, parts.fit, out / "heads" / name, epochs)
-    best, on_held = sweep.best(lambda head: -depth_errors(head, parts.choose, low, high).rmse)
-    tested = [depth_errors(head, parts.test, low, high) for head in sweep.heads]
+    best, on_held = sweep.best(
+        lambda head: -depth_errors(head, parts.choose, low, high, head_batch).rmse
+    )
+    tested = [depth_errors(head, parts.test, low, high, head_batch) for head in sweep.heads]
     result = Result(
         probe="depth",
         weights=weights,
@@ -180,14 +194,23 @@ def _parts(
     )
 
 
-def _num_classes(pairs: Pairs) -> int:
-    """One more than the largest class of all masks."""
-    largest = -1
-    for path in pairs.labels:
-        mask = read_mask(path)
-        known = mask[mask != IGNORED]
-        if known.numel():
-            largest = max(largest, int(known.max()))
-    if largest < 0:
-        raise ValueError(f"masks: no pixel of {len(pairs.labels)} training masks has a class")
-    return largest + 1
+def _num_classes(
+    pairs: tuple[Pairs, Pairs], read: Callable[[str], Tensor], wanted: int | None
+) -> int:
+    """`wanted`, or one more than the largest class of the training masks; all masks fit in it."""
+    spans: list[dict[str, tuple[int, int]]] = [{}, {}]
+    for own, part in zip(spans, pairs, strict=True):
+        for path in part.labels:
+            known = (mask := read(path))[mask != IGNORED]
+            if known.numel():
+                own[path] = int(known.min()), int(known.max())
+    if not spans[0]:
+        raise ValueError(f"masks: no pixel of {len(pairs[0].labels)} training masks has a class")
+    count = wanted or 1 + max(most for _, most in spans[0].values())
+    for path, (least, most) in (spans[0] | spans[1]).items():
+        if least < 0 or most >= count:
+            raise ValueError(
+                f"{path}: label {least if least < 0 else most}; expected classes from 0 to "
+                f"{count - 1}, or {IGNORED} for ignored"
+            )
+    return count

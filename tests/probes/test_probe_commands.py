@@ -78,6 +78,47 @@ def test_segmentation_names_every_class_and_skips_what_is_broken(
     assert [Path(path).name for path in found["skipped"]] == ["3.png"]
 
 
+def test_a_label_to_ignore_is_no_class(weights: Path, dense: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(dense, data)
+    for mask in data.glob("*/masks/*.png"):
+        labels = np.array(Image.open(mask))
+        labels[:4] = 9
+        Image.fromarray(labels).save(mask)
+    words = [
+        "segmentation", weights, data / "train", data / "test", "--size", 32, "--epochs", 1,
+        "--lr", 1e-3, "--weight-decay", 0.1, "--out", tmp_path / "out",
+    ]  # fmt: skip
+    probe(*words)
+    probe(*words, "--ignore", 9)
+    found = result(tmp_path / "out", "segmentation")
+    assert found["setup"]["classes"] == 2
+    assert set(found["parts"]) == {"class 0", "class 1"}
+
+
+@pytest.mark.parametrize(("part", "label"), [("train", 3), ("train", -1), ("test", 3)])
+def test_a_label_that_is_no_class_is_named_with_its_mask_at_once(
+    weights: Path, dense: Path, tmp_path: Path, part: str, label: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(dense, data)
+    mask = data / part / "masks/2.png"
+    labels = np.array(Image.open(mask)).astype(np.int64)
+    labels[0, 0] = label
+    mask.unlink()
+    np.save(mask.with_suffix(".npy"), labels)
+    with pytest.raises(SystemExit) as ended:
+        main([
+            "probe", "segmentation", str(weights), str(data / "train"), str(data / "test"),
+            "--size", "32", "--classes", "2", "--device", "cpu", "--out", str(out),
+        ])  # fmt: skip
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"2.npy: label {label}; expected classes from 0 to 1" in last
+    assert not out.exists()
+
+
 def test_depth_is_between_its_limits(weights: Path, dense: Path, tmp_path: Path) -> None:
     probe(
         "depth", weights, dense / "train", dense / "test", "--size", 32, "--epochs", 6, "--low",
