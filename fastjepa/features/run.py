@@ -1,5 +1,6 @@
 """From files to features on disk, or on a page: `fastjepa features` and `fastjepa explore`."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,7 @@ def extract_files(
     last. Raises ValueError for a bad argument, a manifest that is none, or an output that exists.
     """
     chosen = list(encoder.levels[-1:] if levels is None else levels)
-    _check(encoder, chosen, size, frames, start)
+    _check(encoder, chosen, size, frames, fps, start)
     if overlap is not None and start:
         raise ValueError(f"start: {start:g}, but with an overlap the whole video is read")
     if overlap is not None and (overlap % encoder.tubelet or not 0 <= overlap < frames):
@@ -153,7 +154,7 @@ def explore_file(
     a bad argument, a file that cannot be read and an `out` that exists.
     """
     chosen = encoder.levels[-1] if level is None else level
-    _check(encoder, [chosen], size, frames, start)
+    _check(encoder, [chosen], size, frames, fps, start)
     if out.exists():
         raise ValueError(f"--out {out}: exists already; choose another name")
     files = [entry.path for entry in read_manifest(source)]
@@ -170,17 +171,21 @@ def explore_file(
     return tuple(features.shape)
 
 
-def _check(encoder: Encoder, levels: Sequence[int], size: int, frames: int, start: float) -> None:
+def _check(
+    encoder: Encoder, levels: Sequence[int], size: int, frames: int, fps: float, start: float
+) -> None:
     if not levels or not set(levels) <= set(encoder.levels):
         raise ValueError(f"levels: expected some of {list(encoder.levels)}, got {list(levels)}")
-    if size % encoder.patch:
-        low = size // encoder.patch * encoder.patch
+    if size < 1 or size % encoder.patch:
+        low = max(0, size) // encoder.patch * encoder.patch
         raise ValueError(
             f"size: {size} is no multiple of the patch {encoder.patch}; "
             f"{max(low, encoder.patch)} or {low + encoder.patch} fits"
         )
-    if frames % encoder.tubelet:
+    if frames < 1 or frames % encoder.tubelet:
         raise ValueError(f"frames: {frames} is no multiple of the tubelet {encoder.tubelet}")
+    if not 0.0 < fps < math.inf:
+        raise ValueError(f"fps: {fps:g}, expected a number above 0")
     if not 0.0 <= start <= 1.0:
         raise ValueError(f"start: {start:g}, expected a share from 0 to 1")
 

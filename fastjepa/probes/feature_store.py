@@ -9,6 +9,7 @@ Shapes: T' steps, H' and W' grid, D channels.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -53,6 +54,8 @@ class View:
             raise ValueError(
                 f"frames: {self.frames} is no multiple of the tubelet {encoder.tubelet}"
             )
+        if not 0.0 < self.fps < math.inf:
+            raise ValueError(f"fps: {self.fps:g}, expected a number above 0")
         if self.segments < 1:
             raise ValueError(f"segments: expected at least 1, got {self.segments}")
 

@@ -30,8 +30,13 @@ def propagate(
 
     frames_HWD: features float [H', W', D] of all frames in order, of one shape. first_HW: the first
     frame's mask in pixels, integers from 0 (background) to `num_objects`; its share of each patch
-    is the patch's label. Raises ValueError for a mask with other numbers or a first frame missing.
+    is the patch's label. Raises ValueError, before any frame is asked for, for a mask with other
+    numbers, a radius below 0 and a temperature that is not above 0; and for a first frame missing.
     """
+    if not radius >= 0.0:
+        raise ValueError(f"radius: {radius:g}, expected 0 or more")
+    if not temperature > 0.0:
+        raise ValueError(f"temperature: {temperature:g}, expected a number above 0")
     if int(first_HW.min()) < 0 or int(first_HW.max()) > num_objects:
         raise ValueError(
             f"mask: expected 0 to {num_objects}, found {int(first_HW.min())} to "

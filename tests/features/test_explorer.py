@@ -253,6 +253,9 @@ def test_a_video_and_a_picture_of_a_package_become_pages(tmp_path: Path) -> None
         explore_file(encoder, video, tmp_path / "page.html")
     with pytest.raises(ValueError, match="levels"):
         explore_file(encoder, video, tmp_path / "other.html", level=5)
+    for wrong in ({"fps": 0.0}, {"frames": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            explore_file(encoder, video, tmp_path / "other.html", **wrong)  # type: ignore[arg-type]
     image = _entries("package:sklearn/datasets/images")[0].path
     assert explore_file(encoder, image, tmp_path / "image.html", size=64)[0] == 1
 

@@ -173,6 +173,13 @@ def test_one_palette_for_all_frames(tmp_path: Path) -> None:
         ({"overlap": 3}, "overlap"),
         ({"size": 40}, "32 or 48"),
         ({"frames": 3}, "tubelet"),
+        ({"frames": 0}, "frames: 0 is no multiple"),
+        ({"frames": -2}, "frames: -2 is no multiple"),
+        ({"size": 0}, "16 or 16 fits"),
+        ({"fps": 0.0}, "fps: 0, expected a number above 0"),
+        ({"fps": -1.0}, "fps: -1, expected"),
+        ({"fps": float("nan")}, "fps: nan, expected"),
+        ({"fps": float("inf")}, "fps: inf, expected"),
     ],
 )
 def test_bad_options_are_named(

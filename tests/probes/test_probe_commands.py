@@ -212,13 +212,16 @@ def test_heads_of_other_labels_are_not_taken_for_these(
         (["segmentation", "{c}/train", "{c}/test"], "expected the folders images and masks"),
         (["tracking", "{c}"], "expected the layout of DAVIS"),
         (["attentive", "{c}/train", "{c}/test", "--level", "7"], r"level: expected one of \[1, 2"),
+        (["knn", "{c}/train", "{c}/test", "--fps", "0"], "fps: 0, expected a number above 0"),
+        (["tracking", "{d}", "--temperature", "0"], "temperature: 0, expected a number above 0"),
+        (["tracking", "{d}", "--radius", "-1"], "radius: -1, expected 0 or more"),
     ],
 )
 def test_mistakes_are_one_line(
-    words: list[str], message: str, weights: Path, classes: Path, tmp_path: Path,
+    words: list[str], message: str, weights: Path, classes: Path, davis: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    kind, *rest = [word.format(c=classes) for word in words]
+    kind, *rest = [word.format(c=classes, d=davis) for word in words]
     if "--size" not in rest:
         rest += ["--size", "32"]
     with pytest.raises(SystemExit) as ended:
