@@ -165,14 +165,14 @@ def header_length(container: InputContainer, stream: VideoStream) -> float | Non
 
 
 def _measured_length(path: str, cache: Cache) -> float:
-    """Seconds of video by the packets that are there; nothing is decoded."""
+    """Seconds of video by the packets that are there and shown; nothing is decoded."""
     with open_container(path, cache) as container:
         stream = video_stream(container, path)
         tick, start = _tick(stream), stream.start_time or 0
         end = 0.0
         try:
             for packet in container.demux(stream):
-                if packet.size and not packet.is_corrupt:
+                if packet.size and not packet.is_corrupt and not packet.is_discard:
                     begin = end if packet.pts is None else (packet.pts - start) * tick
                     end = max(end, begin + (packet.duration or 0) * tick)
         except av.FFmpegError:

@@ -54,6 +54,8 @@ def read_wanted(
         return None
     tick, start = float(stream.time_base or 0), stream.start_time or 0
     shown = sorted(_pts(p) for p in packets if _pts(p) >= _pts(packets[0]) and not p.is_discard)
+    if not shown:
+        return None
     seconds = [seconds_of(pts, start, tick) for pts in shown]
     wanted = [shown[index] for index in shown_at(times, seconds)]
     pictures: dict[int, NDArray[Any]] = {}

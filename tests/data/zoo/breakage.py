@@ -64,6 +64,12 @@ def _other_codec(data: bytes) -> bytes:
     return data.replace(b"avc1", b"zzz1")
 
 
+def _nothing_shown(data: bytes) -> bytes:
+    """The first edit begins where no picture lies, so that every packet is left out of it."""
+    begin = data.index(b"elst") + 16
+    return data[:begin] + b"\x7f" + data[begin + 1 :]
+
+
 def _enormous(data: bytes) -> bytes:
     return data.replace(b" W128 H96 ", b" W60000 H60000 ")
 
@@ -78,6 +84,7 @@ HOPELESS: dict[str, tuple[str, Change]] = {
     "beginning-missing.webm": ("vp9.webm", _from(0.2)),
     "only-its-header.mp4": ("index-first.mp4", lambda data: data[: data.index(b"mdat") + 4]),
     "unknown-codec.mp4": ("h264.mp4", _other_codec),
+    "edit-list-shows-nothing.mp4": ("h264.mp4", _nothing_shown),
     "header-says-enormous.y4m": ("plain.y4m", _enormous),
     "sound-only.mp4": ("sound.m4a", bytes),
     "cover-only.mp4": ("cover-only.mp4", bytes),
