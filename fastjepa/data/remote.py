@@ -52,7 +52,6 @@ def fetching(address: str) -> Iterator[None]:
 
     An OSError other than a missing file may have passed when it is tried again.
     """
-    known = [getattr(sys.modules[m], name) for m, name in _STORE_ERRORS.items() if m in sys.modules]
     try:
         yield
     except DecodeError:
@@ -61,9 +60,15 @@ def fetching(address: str) -> Iterator[None]:
         raise DecodeError(address, "no such file", whole_file=True) from None
     except ValueError as error:
         raise DecodeError(address, str(error), whole_file=True) from None
-    except (OSError, *known) as error:
+    except _passing_errors() as error:
         reason = f"cannot be fetched ({error or type(error).__name__})"
         raise DecodeError(address, reason) from None
+
+
+def _passing_errors() -> tuple[type[Exception], ...]:
+    """Those of the libraries that are imported by now: a store's own one comes with its use."""
+    known = [getattr(sys.modules[m], name) for m, name in _STORE_ERRORS.items() if m in sys.modules]
+    return (OSError, *known)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,32 @@ def test_what_cannot_be_read_is_one_clear_error(
             assert caught.value.whole_file == whole_file
 
 
+FIRST_FETCH = """
+import sys
+from fastjepa.data.decoder import DecodeError
+from fastjepa.data.remote import fetching
+assert "botocore" not in sys.modules
+try:
+    with fetching("s3://b/a.mp4"):
+        from botocore.exceptions import BotoCoreError
+        raise BotoCoreError("no connection")
+except DecodeError as error:
+    print(error, error.whole_file)
+"""
+
+
+def test_the_first_error_of_a_library_imported_on_the_way_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "botocore").mkdir()
+    (tmp_path / "botocore/__init__.py").touch()
+    (tmp_path / "botocore/exceptions.py").write_text("class BotoCoreError(Exception): ...\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = subprocess.run(
+        [sys.executable, "-c", FIRST_FETCH], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert found.stdout == "s3://b/a.mp4: cannot be fetched (no connection) False\n", found.stderr
+
+
 def test_a_shard_cut_off_still_gives_what_is_there(
     shard: Path, cache: Cache, tmp_path: Path
 ) -> None:
