@@ -22,6 +22,8 @@ _STORE_ERRORS = {
     "botocore.exceptions": "BotoCoreError",
     "gcsfs.retry": "HttpError",
 }
+# Statuses of HTTP by which a file is not there, rather than out of reach.
+_GONE = (404, 410)
 _CHUNK = 2**22
 
 
@@ -56,12 +58,13 @@ def fetching(address: str) -> Iterator[None]:
         yield
     except DecodeError:
         raise
-    except FileNotFoundError:
-        raise DecodeError(address, "no such file", whole_file=True) from None
     except ValueError as error:
         raise DecodeError(address, str(error), whole_file=True) from None
     except _passing_errors() as error:
-        reason = f"cannot be fetched ({error or type(error).__name__})"
+        found = _behind(error)
+        if isinstance(found, FileNotFoundError):
+            raise DecodeError(address, "no such file", whole_file=True) from None
+        reason = f"cannot be fetched ({found or type(found).__name__})"
         raise DecodeError(address, reason) from None
 
 
@@ -69,6 +72,15 @@ def _passing_errors() -> tuple[type[Exception], ...]:
     """Those of the libraries that are imported by now: a store's own one comes with its use."""
     known = [getattr(sys.modules[m], name) for m, name in _STORE_ERRORS.items() if m in sys.modules]
     return (OSError, *known)
+
+
+def _behind(error: BaseException) -> BaseException:
+    """What happened: fsspec's HTTP says of a file out of reach, too, that it is not found."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, _passing_errors()):
+        return error
+    gone = any(getattr(cause, name, None) in _GONE for name in ("status", "status_code"))
+    return error if gone or isinstance(cause, ValueError) else cause
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -21,7 +24,8 @@ from fastjepa.data.cache import Cache
 from fastjepa.data.decode_image import decode_image
 from fastjepa.data.decode_pyav import decode_clip
 from fastjepa.data.decoder import DecodeError
-from fastjepa.data.storage import open_media, split_member
+from fastjepa.data.remote import fetching
+from fastjepa.data.storage import fingerprint, open_media, split_member
 
 
 @pytest.fixture
@@ -159,6 +163,79 @@ def test_the_first_error_of_a_library_imported_on_the_way_is_caught(tmp_path: Pa
         env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert found.stdout == "s3://b/a.mp4: cannot be fetched (no connection) False\n", found.stderr
+
+
+@pytest.fixture
+def web(shard: Path) -> Iterator[tuple[str, list[int]]]:
+    """The address of clip.mp4 on a web server, and the status that it answers with."""
+    pytest.importorskip("aiohttp")
+    data, status = (shard.parent / "clip.mp4").read_bytes(), [200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = data if status[0] == 200 else b""
+            self.send_response(status[0])
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/clip.mp4", status
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_web_server_that_is_down_for_a_moment_is_asked_again(
+    web: tuple[str, list[int]], shard: Path, cache: Cache
+) -> None:
+    address, status = web
+    for status[0], whole_file in ((503, False), (429, False), (404, True), (410, True)):
+        with pytest.raises(DecodeError) as caught:
+            decode_clip(address, 0.3, 6, 8.0, None, cache)
+        assert caught.value.whole_file == whole_file
+        assert ("no such file" if whole_file else str(status[0])) in caught.value.reason
+        assert fingerprint(address, cache) is None
+    status[0] = 200
+    alone = decode_clip(str(shard.parent / "clip.mp4"), 0.3, 6, 8.0)
+    assert (decode_clip(address, 0.3, 6, 8.0, None, cache) == alone).all()
+    size, _ = fingerprint(address, cache) or (0, 0)
+    assert size == (shard.parent / "clip.mp4").stat().st_size
+
+
+def test_a_web_server_that_nobody_runs_is_out_of_reach(cache: Cache) -> None:
+    pytest.importorskip("aiohttp")
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    with pytest.raises(DecodeError, match="cannot be fetched") as caught:
+        decode_clip(f"http://127.0.0.1:{port}/a.mp4", 0.0, 2, 4.0, None, cache)
+    assert not caught.value.whole_file
+
+
+@pytest.mark.parametrize(
+    ("cause", "whole_file"),
+    [
+        (ConnectionResetError("reset by peer"), False),
+        (TimeoutError(), False),
+        (FileNotFoundError("a.mp4"), True),
+        (KeyError("a.mp4"), True),
+        (None, True),
+    ],
+)
+def test_a_file_not_found_for_want_of_a_connection_may_be_there(
+    cause: Exception | None, whole_file: bool
+) -> None:
+    with pytest.raises(DecodeError) as caught, fetching("s3://b/a.mp4"):
+        raise FileNotFoundError("s3://b/a.mp4") from cause
+    assert caught.value.whole_file == whole_file
+    assert whole_file or str(cause) in caught.value.reason
 
 
 def test_a_shard_cut_off_still_gives_what_is_there(
