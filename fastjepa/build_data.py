@@ -112,14 +112,20 @@ def _dali(recipe: Recipe, device: torch.device) -> DaliDecoder | None:
 def quarantine_of(
     recipe: Recipe, manifests: Iterable[Files], num_files: int, console: Console, ranks: Ranks
 ) -> Quarantine:
-    """The run's bad files so far, with those that an index or a broken shard gave at the start."""
+    """The run's bad files so far, with those that an index or a broken shard gave at the start.
+
+    Every rank knows what the first one read. Raises TooManyBadFiles, on all of them, also for files
+    that were known before.
+    """
     known = {path: reason for files in manifests for path, reason in files.bad}
     quarantine = Quarantine(
         recipe.run.folder / "quarantine.jsonl" if ranks.first else None,
         recipe.data.max_bad_share,
         num_files + len(known),
     )
+    quarantine.add(ranks.gather(quarantine.files())[0])
     new = quarantine.add(known.items())
+    quarantine.check()
     for path, reason in new[:_BAD_FILES_SAID]:
         console.warn(f"left out {path}: {reason}")
     if len(new) > _BAD_FILES_SAID:

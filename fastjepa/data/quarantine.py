@@ -24,8 +24,8 @@ class TooManyBadFiles(ValueError):  # noqa: N818 (named after the state it repor
 class Quarantine:
     """The bad files of a run, on disk at `path`, or in memory only when it is None.
 
-    `total` files are in the manifest; more than `max_bad_share` of them may not be bad. Raises
-    ValueError for a share outside [0, 1] or a quarantine file that is not one.
+    `total` files are in the manifest; more than `max_bad_share` of them may not be bad: `check`.
+    Raises ValueError for a share outside [0, 1] or a quarantine file that is not one.
     """
 
     def __init__(self, path: Path | str | None, max_bad_share: float, total: int) -> None:
@@ -43,22 +43,28 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self._reasons)
 
+    def files(self) -> list[BadFile]:
+        """Those known so far."""
+        return list(self._reasons.items())
+
     def add(self, bad: Iterable[BadFile]) -> list[BadFile]:
         """Note (path, reason) pairs and return those that are new.
 
-        Raises TooManyBadFiles, after they are written, when new files bring the bad ones above the
-        share, or when no good one is left.
+        Raises TooManyBadFiles, after they are written, when there are new ones and `check` fails.
         """
         new = {path: reason for path, reason in bad if path not in self._reasons}
-        if not new:
-            return []
-        self._reasons.update(new)
-        if self._path is not None:
-            _append(self._path, new)
+        if new:
+            self._reasons.update(new)
+            if self._path is not None:
+                _append(self._path, new)
+            self.check(new.items())
+        return list(new.items())
+
+    def check(self, new: Iterable[BadFile] = ()) -> None:
+        """Raise TooManyBadFiles, which holds `new`, for more than the share or no good one left."""
         count = len(self._reasons)
         if count >= self._total or count > self._max_bad_share * self._total:
-            raise TooManyBadFiles(self._complaint(), new.items())
-        return list(new.items())
+            raise TooManyBadFiles(self._complaint(), new)
 
     def _complaint(self) -> str:
         count, (path, reason) = len(self._reasons), next(reversed(self._reasons.items()))
