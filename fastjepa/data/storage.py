@@ -9,6 +9,7 @@ tar.
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ from fastjepa.data.decoder import DecodeError
 from fastjepa.data.remote import RemoteFile, fetching, is_remote, open_part
 from fastjepa.data.shards import Members, list_members
 
-_MEMBER = ".tar::"
+_MEMBER = re.compile(r"(?<=\.tar)::", re.IGNORECASE)
 
 
 def split_member(address: str) -> tuple[str, str | None]:
     """Take `SHARD.tar::MEMBER` apart; None for what is no member."""
-    shard, found, member = address.partition(_MEMBER)
-    return (f"{shard}.tar", member) if found else (address, None)
+    shard, *member = _MEMBER.split(address, maxsplit=1)
+    return shard, member[0] if member else None
 
 
 @contextmanager

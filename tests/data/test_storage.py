@@ -24,6 +24,7 @@ from fastjepa.data.cache import Cache
 from fastjepa.data.decode_image import decode_image
 from fastjepa.data.decode_pyav import decode_clip
 from fastjepa.data.decoder import DecodeError
+from fastjepa.data.manifest import read_manifest
 from fastjepa.data.remote import fetching
 from fastjepa.data.storage import fingerprint, open_media, split_member
 
@@ -75,6 +76,14 @@ def test_a_member_of_a_shard_reads_as_the_file_it_was(shard: Path, cache: Cache)
         assert (decode_clip(f"{shard}::00/{name}", 0.3, 6, 8.0, None, cache) == alone).all()
     assert (decode_image(f"{shard}::00/photo.png", None, cache)[0] == [10, 20, 30]).all()
     assert not cache.folder.exists()
+
+
+def test_a_shard_in_capitals_reads_as_any(shard: Path, cache: Cache, tmp_path: Path) -> None:
+    place = tmp_path / "SHARD.TAR"
+    place.write_bytes(shard.read_bytes())
+    members = [entry.path for entry in read_manifest(str(place), cache)]
+    assert f"{place}::00/photo.png" in members
+    assert (decode_image(f"{place}::00/photo.png", None, cache)[0] == [10, 20, 30]).all()
 
 
 def test_a_name_that_points_outside_is_only_a_name(shard: Path, cache: Cache) -> None:
@@ -142,6 +151,7 @@ def test_what_cannot_be_read_is_one_clear_error(
 FIRST_FETCH = """
 import sys
 from fastjepa.data.decoder import DecodeError
+from fastjepa.data.manifest import read_manifest
 from fastjepa.data.remote import fetching
 assert "botocore" not in sys.modules
 try:
