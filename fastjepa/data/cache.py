@@ -117,6 +117,13 @@ class Cache:
 
     def _copied(self, handle: BinaryIO, remote: Remote) -> bool:
         size = remote.size()
+        if size > self.limit:
+            warnings.warn(
+                f"{self.folder}: a remote file of {size} bytes is read past the cache, which holds "
+                f"{self.limit} at most (data.cache.gib)",
+                stacklevel=2,
+            )
+            return False
         if not self._reserve(handle.fileno(), size):
             return False
         remote.save(handle)

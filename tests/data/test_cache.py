@@ -87,8 +87,12 @@ def test_what_is_being_read_stays(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_not_kept(tmp_path: Path) -> None:
     assert _read(Cache(tmp_path / "none", 0), "a", Bytes(b"a")) is None
     assert not (tmp_path / "none").exists()
-    assert _read(Cache(tmp_path / "small", 10), "a", Bytes(b"a" * 11)) is None
-    assert _names(Cache(tmp_path / "small")) == [".total"]
+    small = Cache(tmp_path / "small", 10)
+    assert _read(small, "b", Bytes(b"bbb")) == b"bbb"
+    before = _names(small)
+    with pytest.warns(UserWarning, match="a remote file of 11 bytes is read past the cache"):
+        assert _read(small, "a", Bytes(b"a" * 11)) is None
+    assert _names(small) == before
 
 
 def test_a_full_disk_is_said_and_read_past(tmp_path: Path) -> None:
