@@ -119,8 +119,8 @@ class Cache:
         size = remote.size()
         if size > self.limit:
             warnings.warn(
-                f"{self.folder}: a remote file of {size} bytes is read past the cache, which holds "
-                f"{self.limit} at most (data.cache.gib)",
+                f"{self.folder}: remote files of more than its {self.limit} bytes (data.cache.gib) "
+                "are read past the cache",
                 stacklevel=2,
             )
             return False
