@@ -49,7 +49,7 @@ def _lines(results: Results) -> Iterator[str]:
 def _cells(results: Results, name: str, way: Way) -> Iterator[str]:
     share = way.cores_per_clip
     yield name
-    yield way.note or _number(way.clips_per_second, ".2f")
+    yield _number(way.clips_per_second, ".2f")
     yield _number(results.over_official(name), ".2f")
     yield _number(share and 1.0 / share, ".2f")
     yield _number(share and 1e3 * share, ".0f")

@@ -41,7 +41,6 @@ class Way:
     worker_bytes: int | None = None
     frames_looked_at: int = 0
     wrong_frames: list[str] = field(default_factory=list)
-    note: str = ""
 
     @property
     def clips_per_second(self) -> float | None:

@@ -1,6 +1,6 @@
 """Clips a second from loaders that take turns, each with worker processes of its own.
 
-turns = in_turn({"pyav": ours, "official": theirs}, batch=4, seconds=10.0, ready=4, rounds=5)
+turns = in_turn({"pyav": ours, "official": theirs}, seconds=10.0, ready=4, rounds=5)
 """
 
 import time

@@ -16,8 +16,8 @@ from fastjepa.data.loader import Loader
 from fastjepa.data.media import decode_media
 
 
-def stages(files: Sequence[Entry], clips: int, settings: dict[str, Any]) -> dict[str, float]:
-    """CPU seconds a clip of each stage, by `clips` clips made in this process with one thread.
+def stages(files: Sequence[Entry], batches: int, settings: dict[str, Any]) -> dict[str, float]:
+    """CPU seconds a clip of each stage, by `batches` batches made in this process with one thread.
 
     "decode" holds seeking, reading and the conversion to RGB; "augment" crop, resizing and flip.
     """
@@ -27,13 +27,13 @@ def stages(files: Sequence[Entry], clips: int, settings: dict[str, Any]) -> dict
         watch = _Watch()
         loader = Loader(**settings, datasets=[(files, 1.0)], decoder=watch)
         taken = 0.0
-        for batch in loader.batches(0, clips):
+        for batch in loader.batches(0, batches):
             begin = time.process_time()
             normalise(batch.clip)
             taken += time.process_time() - begin
     finally:
         torch.set_num_threads(threads)
-    done = clips * settings["batch"]
+    done = batches * settings["batch"]
     return {
         "open": watch.opening / done,
         "decode": (watch.decoding - watch.augmenting - watch.opening) / done,

@@ -1,7 +1,7 @@
 """An index: a Parquet list of files with what a probe found of each; a manifest like any other.
 
 states = states_of(files, cache)
-with ProbeNotes(notes_path(out)) as notes: rows = rows_to_probe(files, states, notes, cache)
+with ProbeNotes(path) as notes: rows = rows_to_probe(files, states, notes, cache, retry=False)
 """
 
 import os
