@@ -48,11 +48,12 @@ def read_manifest(path: str, cache: Cache = DEFAULT) -> Files:
         try:
             with fetching(path):
                 return _read_remote(path, cache)
-        except ManifestError:
-            raise
-        except ValueError as error:
+        except DecodeError as error:
             raise ManifestError(str(error)) from None
-    place = Path(path).expanduser()
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ManifestError(f"{path}: {error}") from None
     if place.is_dir():
         return _media(sorted(_walk(place)), path, cache)
     if place.is_file():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from fastjepa.data.decoder import DecodeError
+from fastjepa.data.files import ManifestError
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 # What stores raise besides OSError, by the module that has it.
@@ -40,23 +41,24 @@ def filesystem(address: str) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        reason = f"{address}: fsspec is needed to read it (pip install 'fastjepa[store]')"
+        reason = "fsspec is needed to read it (pip install 'fastjepa[store]')"
         raise ValueError(reason) from None
     try:
         return cast(tuple[Any, str], url_to_fs(address))
     except ImportError as error:
-        raise ValueError(f"{address}: {error}") from None
+        raise ValueError(str(error)) from None
 
 
 @contextmanager
 def fetching(address: str) -> Iterator[None]:
     """Turn what goes wrong in reading a store into a DecodeError that names the address.
 
+    A ManifestError, which names its file, passes through.
     An OSError other than a missing file may have passed when it is tried again.
     """
     try:
         yield
-    except DecodeError:
+    except (DecodeError, ManifestError):
         raise
     except ValueError as error:
         raise DecodeError(address, str(error), whole_file=True) from None

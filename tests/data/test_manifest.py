@@ -331,6 +331,10 @@ def test_a_store_is_read_like_a_disk(tmp_path: Path) -> None:
         ("memory://b/*.gif", "0 files, none of them"),
         ("memory://b/notes.txt", "neither a video nor"),
         ("nowhere://b/a", "Protocol not known: nowhere"),
+        ("memory://b/odd.csv", "unknown column 'wieght'"),
+        ("~nouser/clips", "home"),
     ):
-        with pytest.raises(ManifestError, match=words):
+        store.pipe("/b/odd.csv", b"path,wieght\na.mp4,1\n")
+        with pytest.raises(ManifestError, match=words) as caught:
             read_manifest(path, cache)
+        assert str(caught.value).count(path) == 1
