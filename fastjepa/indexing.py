@@ -32,7 +32,6 @@ def index(
         take_over,
         write_index,
     )
-    from fastjepa.data.manifest import read_manifest
     from fastjepa.data.probe_notes import ProbeNotes
     from fastjepa.data.probe_pool import probe_all
     from fastjepa.durable import atomic_file
@@ -46,7 +45,7 @@ def index(
     if place.suffix != ".parquet":
         raise ValueError(f"--out {place}: an index is a Parquet file, expected .parquet")
     cache = DEFAULT
-    files = files_to_index(read_manifest(manifest, cache))
+    files = files_to_index(manifest, cache)
     with ProbeNotes(place.with_name(f".{place.name}.part")) as notes:
         noted = len(notes)
         if place.exists():

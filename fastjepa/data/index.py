@@ -1,6 +1,6 @@
 """An index: a Parquet list of files with what a probe found of each; a manifest like any other.
 
-states = states_of(files, cache)
+files = files_to_index("clips/", cache); states = states_of(files, cache)
 with ProbeNotes(path) as notes: rows = rows_to_probe(files, states, notes, cache, retry=False)
 """
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastjepa.data.cache import Cache
-from fastjepa.data.files import Entry, Files, kind_of
-from fastjepa.data.parquet_list import INDEX_MARK
+from fastjepa.data.files import Entry, Files, ManifestError
+from fastjepa.data.manifest import read_manifest
+from fastjepa.data.parquet_list import INDEX_MARK, read_parquet
 from fastjepa.data.probe import Facts
 from fastjepa.data.probe_notes import ProbeNotes, State
 from fastjepa.data.remote import is_remote
@@ -48,15 +49,22 @@ class Summary:
             yield f"{'':9} and {len(self.reasons) - most} more reasons"
 
 
-def files_to_index(files: Files) -> Files:
-    """All files of a manifest by absolute paths; those that an older index found bad, too."""
-    bad = [(path, reason, kind_of(path)) for path, reason in files.bad]
+def files_to_index(manifest: str, cache: Cache) -> Files:
+    """All files of a manifest by absolute paths; of an older index the unreadable ones, too.
+
+    Raises ManifestError.
+    """
+    place = os.path.expanduser(manifest)
+    if place.lower().endswith(".parquet") and os.path.isfile(place):
+        with open(place, "rb") as handle:
+            files = read_parquet(handle, place, keep_unreadable=True)
+        if not files:
+            raise ManifestError(f"{place}: no files to index")
+    else:
+        files = read_manifest(manifest, cache)
     return Files.of(
-        (
-            entry._replace(path=_absolute(entry.path))
-            for entry in [*files, *(Entry(path, kind) for path, _, kind in bad if kind)]
-        ),
-        [(_absolute(path), reason) for path, reason, kind in bad if not kind],
+        (entry._replace(path=_absolute(entry.path)) for entry in files),
+        [(_absolute(path), reason) for path, reason in files.bad],
     )
 
 

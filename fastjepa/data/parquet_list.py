@@ -21,8 +21,11 @@ from fastjepa.data.remote import SCHEME
 INDEX_MARK = b"fastjepa.index"
 
 
-def read_parquet(handle: BinaryIO, named: str) -> Files:
-    """Read a Parquet list or an index. Raises ManifestError."""
+def read_parquet(handle: BinaryIO, named: str, *, keep_unreadable: bool = False) -> Files:
+    """Read a Parquet list or an index. Raises ManifestError.
+
+    With `keep_unreadable` an index's unreadable files are entries like the others, but for tars.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -38,14 +41,14 @@ def read_parquet(handle: BinaryIO, named: str) -> Files:
                 check_columns(names, named)
             wanted = [n for n in (*COLUMNS, *("readable", "reason") * index) if n in names]
             batches = file.iter_batches(columns=wanted)
-            parts = list(_parts(batches, named))
+            parts = list(_parts(batches, named, keep_unreadable))
     except (pyarrow.ArrowException, OSError) as error:
         raise ManifestError(f"{named}: not a readable Parquet file ({error})") from None
     return Files.joined(parts) if parts else Files.of(())
 
 
-def _parts(batches: Any, named: str) -> Iterator[Files]:
-    from pyarrow.compute import invert
+def _parts(batches: Any, named: str, keep_unreadable: bool) -> Iterator[Files]:
+    from pyarrow.compute import ends_with, invert, or_, utf8_lower
 
     first_row = 1
     for batch in batches:
@@ -53,6 +56,9 @@ def _parts(batches: Any, named: str) -> Iterator[Files]:
         bad: list[BadFile] = []
         if "readable" in batch.schema.names:
             readable = batch.column("readable").fill_null(False)
+            if keep_unreadable:
+                tar = ends_with(utf8_lower(batch.column("path")), ".tar")
+                readable = or_(readable, invert(tar))
             for row in batch.filter(invert(readable)).to_pylist():
                 bad.append((entry_of(row, named, "index").path, str(row["reason"])))
             batch = batch.filter(readable)

@@ -209,6 +209,25 @@ def test_only_new_and_changed_files_are_probed_again(folder: Path) -> None:
     assert "7 files, 1 to probe" in _index(folder, "--retry", "--workers", 1)[1]
 
 
+def test_an_older_index_keeps_weight_kind_and_place_of_unreadable_files(tmp_path: Path) -> None:
+    for name in ("a.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for name in ("b.png", "plain"):
+        (tmp_path / name).touch()
+    (tmp_path / "list.csv").write_text(
+        "path,weight,kind\na.png,5,image\nb.png,0.5,image\nplain,2,image\nc.png,3,image\n"
+    )
+    _index(tmp_path / "list.csv", "--workers", 1)
+    place = tmp_path / "list.index.parquet"
+    before = [(row["path"], row["weight"], row["kind"]) for row in _rows(place).values()]
+    for name in ("b.png", "plain"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="png")
+    _index(place, "--workers", 1)
+    after = _rows(place).values()
+    assert [(row["path"], row["weight"], row["kind"]) for row in after] == before
+    assert all(row["readable"] for row in after)
+
+
 def _wait_for_lines(path: Path, count: int, run: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and run.poll() is None:
