@@ -25,6 +25,7 @@ from fastjepa.pretrained import build, local
 
 Format = Literal["official", "hf", "safetensors", "onnx", "torch-export"]
 OPSET = 18
+_GRAPHS = ("onnx", "torch-export")
 
 
 def convert(
@@ -47,11 +48,18 @@ def convert(
     `levels`, the last one if None, at any batch, number of frames and resolution that divides.
     `context` takes the encoder that was trained rather than its average. `crop` is the side in
     pixels that a `VJEPA2Model` is for; if None that of the source's config, else that of the
-    released file of its name, else 256. Raises ValueError: a
-    format that there is not, a file that exists, weights that the format cannot express.
+    released file of its name, else 256. Raises ValueError: a format that there is not, an option of
+    another one, a file that exists, weights that the format cannot express.
     """
     if to not in get_args(Format):
         raise ValueError(f"--to: expected one of {', '.join(get_args(Format))}, got {to!r}")
+    for option, given, formats in (
+        ("--image", image, _GRAPHS),
+        ("--levels", levels is not None, _GRAPHS),
+        ("--crop", crop is not None, ("hf",)),
+    ):
+        if given and to not in formats:
+            raise ValueError(f"{option}: is for --to {' and '.join(formats)}, not {to}")
     for path in _outputs(out, to):
         if path.exists():
             raise ValueError(f"--out {path}: exists already; choose another name")

@@ -12,7 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 import fastjepa
-from fastjepa.checkpoint import CheckpointError, read_encoder, read_networks, save_checkpoint
+from fastjepa.checkpoint import (
+    CheckpointError,
+    read_encoder,
+    read_networks,
+    save_checkpoint,
+    write_official,
+)
 from fastjepa.checkpoint.huggingface import read_setup
 from fastjepa.checkpoint.layout import begin, publish, state_text
 from fastjepa.checkpoint.manifest import write_shares
@@ -326,3 +332,32 @@ def test_bad_wishes_are_named(tmp_path: Path, run: Path) -> None:
         convert(run, "official", tmp_path / "there")
     with pytest.raises(ValueError, match=r"levels: expected some of \[1, 3\], got \[2\]"):
         convert(run, "torch-export", tmp_path / "a.pt2", levels=[2])
+
+
+@pytest.mark.parametrize(
+    ("to", "option", "said"),
+    [
+        ("safetensors", {"image": True}, "--image: is for --to onnx and torch-export, not safeten"),
+        ("official", {"levels": [1]}, "--levels: is for --to onnx and torch-export, not official"),
+        ("onnx", {"crop": 384}, "--crop: is for --to hf, not onnx"),
+    ],
+)
+def test_an_option_of_another_format_is_refused(
+    run: Path, tmp_path: Path, to: Any, option: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        convert(run, to, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_distilled_file_supervised_is_told(run: Path, tmp_path: Path) -> None:
+    networks, found = read_networks(run)
+    idle = {
+        name: torch.ones_like(tensor) if name.endswith("weight") else torch.zeros_like(tensor)
+        for name, tensor in found.tensors.items()
+        if name.startswith("norms_block.0.")
+    }
+    assert idle
+    student = {**networks, "target_encoder": {**found.tensors, **idle}}
+    write_official(tmp_path / "a.pt", student, found.sizes)
+    assert read_encoder(tmp_path / "a.pt").about.endswith("official file, level 1 not supervised")

@@ -121,6 +121,10 @@ def _read_file(path: Path) -> FoundEncoder:
             "give a run's folder or a file exported from it"
         )
     about = _about(tensors, info.sizes, f"{info.part} of an official file")
+    levels = info.sizes["levels"]
+    idle = [str(levels[number]) for number in info.untrained_levels]
+    if 0 < len(idle) < len(levels):
+        about += f", level{'s' if len(idle) > 1 else ''} {', '.join(idle)} not supervised"
     return FoundEncoder(tensors, info.sizes, about, path, "official")
 
 

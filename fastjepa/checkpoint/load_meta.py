@@ -43,8 +43,8 @@ class OfficialInfo:
 
     `sizes` is None when the shapes are no preset's and the file does not say: the number of heads
     leaves no trace in them.
-    `untrained_levels` are the levels whose norm is still at its initial value (distilled releases
-    supervise only the last one).
+    `untrained_levels` are the places in the list of levels whose norm is still at its initial value
+    (distilled releases supervise only the last one).
     """
 
     path: Path
