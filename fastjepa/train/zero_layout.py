@@ -137,6 +137,8 @@ class WholeLayout(Layout):
         super().__init__(engine, names)
         # In bfloat16 its optimizer takes a first step on zeros, which would count.
         self.client.state.clear()
+        for group in self.client.param_groups:
+            group.pop("step", None)
 
     @cached_property
     def _parameters(self) -> list[nn.Parameter]:

@@ -70,7 +70,7 @@ class ZeroShards:
             key: {s: optimizer[master][key] for s, master in masters.items()}
             for key in (MOMENTS if all(master in optimizer for master in masters.values()) else ())
         }
-        steps = optimizer[masters[0]]["step"].detach().cpu() if moments else torch.zeros(())
+        steps = torch.tensor(self._steps_counted() if moments else 0.0)
         weights = self._pieces(masters)
         packed = {
             f"{fragment.name}.step": Piece(steps.clone(), ())
@@ -152,17 +152,30 @@ class ZeroShards:
                 wanted |= {f"{name}.{key}": empty for key in MOMENTS}
         check_fit(wanted, found, what)
 
+    def _steps_counted(self) -> float:
+        """AdamW's own count: torch's keeps it in a tensor of each master, DeepSpeed's as a number
+        of a group's last one, Apex's as a number of the group."""
+        client = self._layout.client
+        counts = [
+            one["step"] for one in (*client.state.values(), *client.param_groups) if "step" in one
+        ]
+        return max(float(count) for count in counts)
+
     def _load_moments(self, found: Tensors) -> None:
         """A parameter that no gradient has reached has no moments in a file, and zeros here."""
         steps = max(float(found[f"{name}.step"]) for name in self._shapes)
         masters = dict(enumerate(self._layout.masters()))
-        state = self._layout.client.state
+        client = self._layout.client
+        state, in_tensors = client.state, isinstance(client, torch.optim.AdamW)
         for master in masters.values():
             state.pop(master, None)
+        for group in () if in_tensors else client.param_groups:
+            group["step"] = int(steps)
         if not steps:
             return
         for master in masters.values():
-            state[master] = {"step": torch.tensor(steps, device=master.device)} | {
+            count = torch.tensor(steps, device=master.device) if in_tensors else int(steps)
+            state[master] = {"step": count} | {
                 key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS
             }
         for key in MOMENTS:

@@ -71,6 +71,18 @@ def test_an_infinity_on_one_rank_skips_the_step_on_all(findings: tuple[int, Find
         assert case["steps_counted"], name
 
 
+@pytest.mark.parametrize("findings", [1], indirect=True)
+def test_another_adamw_goes_on_from_its_state(findings: tuple[int, Findings]) -> None:
+    found = cases(findings, "adamw")
+    assert len(found) == 2 * 3
+    for name, case in found.items():
+        own = name.split("/")[1]
+        for other in (own, "torch"):
+            assert case[f"then {other}"] == pytest.approx(case["straight"], rel=FULL), name
+            assert case[f"steps {other}"] == [4.0], name
+        assert case["torch"] == pytest.approx(case["straight"], rel=FULL), name
+
+
 @pytest.mark.parametrize("findings", [2], indirect=True)
 class TestTwoRanks:
     """What two ranks show for all."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import other_adamw
 import torch
 from problem import CPU, alone, guard, networks, state, train
 from sent import Sent
@@ -66,9 +67,13 @@ def against_one_process(
             for name, tensor in wanted[part].items()
         ),
         "vetoes": everyone,
-        "steps_counted": {float(t) for n, t in found["optimizer"].items() if n.endswith(".step")}
-        == {float(steps - 1)},
+        "steps_counted": counted(found) == [steps - 1],
     }
+
+
+def counted(found: dict[str, dict[str, Tensor]]) -> list[float]:
+    """The numbers of steps in a state."""
+    return sorted({float(t) for n, t in found["optimizer"].items() if n.endswith(".step")})
 
 
 def whole_target(jepa: Jepa, stage: int) -> dict[str, Tensor]:
@@ -121,6 +126,27 @@ def resumed_elsewhere(ranks: Ranks, stage: int, other: int) -> Findings:
     return {"first": first[0], "straight": straight[0], "cut": cut[0]}
 
 
+def another_adamw(ranks: Ranks, stage: int, kind: str) -> Findings:
+    """Steps by another AdamW, and its state into an engine of the same kind and of torch's."""
+    other_adamw.install()
+    jepa, watched = networks(), networks()
+    made = engine(jepa, ranks, stage, adamw=kind, **FULL)
+    train(jepa, made, ranks=ranks.size, steps=range(2))
+    saved = state(made)
+    straight = train(jepa, made, ranks=ranks.size, steps=range(2, 4))
+    found = {"straight": straight[0]}
+    for name in (kind, "torch"):
+        again = networks(seed=1)
+        second = engine(again, ranks, stage, adamw=name, **FULL)
+        second.load(saved, "the other AdamW")
+        found[f"then {name}"] = train(again, second, ranks=ranks.size, steps=range(2, 4))[0]
+        found[f"steps {name}"] = counted(state(second))
+    one = alone(watched)
+    train(watched, one, ranks=ranks.size, steps=range(2))
+    found["torch"] = train(watched, one, ranks=ranks.size, steps=range(2, 4))[0]
+    return found
+
+
 def jumps(ranks: Ranks) -> Findings:
     """A loss that is large on one rank only jumps on all or on none."""
     jepa = networks()
@@ -166,6 +192,10 @@ def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
         if size == 2:
             made[f"half/{stage}"] = lambda r, s=stage: against_one_process(r, s, **HALF)  # type: ignore[misc]
         made[f"ema/{stage}"] = lambda r, s=stage: against_a_full_ema(r, s, **HALF)  # type: ignore[misc]
+    if size == 1:
+        for stage in (0, 2, 3):
+            for kind in ("deepspeed", "apex"):
+                made[f"adamw/{kind}/{stage}"] = lambda r, s=stage, k=kind: another_adamw(r, s, k)  # type: ignore[misc]
     if size == 2:
         for stage in (1, 2, 3):
             made[f"offload/{stage}"] = lambda r, s=stage: against_one_process(  # type: ignore[misc]
