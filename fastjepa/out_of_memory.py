@@ -94,14 +94,22 @@ def _fitting(
         fits = []
         for chosen in combinations(changes, count):
             for keys in _spelled(chosen):
-                other = changed(recipe, keys)
-                size = bytes_of_rank(other, resolve(other), ranks=ranks)
-                if size <= room:
+                size = _bytes_with(recipe, keys, ranks)
+                if size is not None and size <= room:
                     fits.append((keys, size))
                     break
         if fits:
             yield from fits if count == 1 else fits[:1]
             return
+
+
+def _bytes_with(recipe: Recipe, keys: list[str], ranks: int) -> int | None:
+    """What a rank plans for with these keys; None where they do not go with the recipe."""
+    try:
+        other = changed(recipe, keys)
+        return bytes_of_rank(other, resolve(other), ranks=ranks)
+    except ValueError:
+        return None
 
 
 Change = list[list[str]]
@@ -132,8 +140,9 @@ def _changes(recipe: Recipe, ranks: int, *, on_host: bool) -> list[Change]:
         found.append(smaller)
     if engine.micro_batches == "packed":
         found.append([["engine.micro_batches=in_turn"]])
-    if engine.kind == "deepspeed" and ranks > 1 and engine.zero_stage < 3:
-        found.append([[f"engine.zero_stage={n}"] for n in range(engine.zero_stage + 1, 4)])
+    most = 3 if engine.compile is None else 2  # compiled blocks need whole weights
+    if engine.kind == "deepspeed" and ranks > 1 and engine.zero_stage < most:
+        found.append([[f"engine.zero_stage={n}"] for n in range(engine.zero_stage + 1, most + 1)])
     # It moves states to the host, where they are already on a CPU.
     if not on_host and not engine.offload:
         kind = [] if engine.kind == "deepspeed" else ["engine.kind=deepspeed"]

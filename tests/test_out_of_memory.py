@@ -72,6 +72,23 @@ def test_what_is_named_is_planned_to_fit(gib: int, ranks: int) -> None:
         assert other.data.batch * other.optim.accumulate == chosen.data.batch
 
 
+@pytest.mark.parametrize(
+    ("own", "ranks", "never"),
+    [
+        (["engine.mask_groups=in_turn"], 1, "engine.offload=true"),
+        (["engine.kind=deepspeed", "engine.compile=blocks"], 4, "engine.zero_stage=3"),
+    ],
+)
+def test_keys_that_the_recipe_excludes_are_left_out(own: list[str], ranks: int, never: str) -> None:
+    chosen = load_recipe(ROOT / "configs/vitl16/pretrain-256px-16f.yaml", own)
+    for gib in (1, 8, 15):
+        limit = MemoryLimit(gib * GIB, "the GPU has")
+        told = remedies(chosen, ranks=ranks, limit=limit, on_host=False)
+        assert told.startswith("a rank plans about ")
+        assert never not in told
+    assert "it would fit with" in told
+
+
 def test_where_nothing_helps_that_is_said() -> None:
     told = remedies(
         load_recipe(LARGE), ranks=1, limit=MemoryLimit(GIB, "the machine has"), on_host=True
