@@ -179,9 +179,9 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Open a checkpoint folder, every file compared with the manifest; `parts` limits it to some.
 
-    `turn` (r, R): R ranks open it together, and this one, r, compares every R-th file. Raises
-    CheckpointError that names the missing, truncated or altered file, and the previous sound
-    checkpoint.
+    `turn` (r, R): R ranks open it together, and this one, r, compares every R-th file, and the
+    state, which all read. Raises CheckpointError that names the missing, truncated or altered file,
+    and the previous sound checkpoint.
     """
     path = path.resolve()
     if not path.is_dir():
@@ -278,7 +278,7 @@ def _verified(path: Path, parts: Collection[str] | None, turn: tuple[int, int]) 
         raise CheckpointError(f"{path}: holds no {', '.join(absent)}; it has {', '.join(known)}")
     names = sorted(manifest.files if parts is None else manifest.files_of(parts))
     rank, ranks = turn
-    for name in names[rank::ranks]:
+    for name in dict.fromkeys((STATE, *names[rank::ranks])):
         check_content(path / name, *manifest.files[name])
     return manifest
 

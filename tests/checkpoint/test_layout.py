@@ -245,6 +245,18 @@ def test_a_truncated_or_missing_file_is_named_and_the_previous_checkpoint_offere
     assert newest_first(tmp_path) == [first]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["truncated", "missing"])
+def test_every_rank_names_a_damaged_state(tmp_path: Path, rank: int, kind: str) -> None:
+    state = save(tmp_path, 1) / "state.json"
+    content = state.read_bytes()
+    state.unlink()
+    if kind == "truncated":
+        state.write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=rf"state\.json: {kind}"):
+        load_checkpoint(state.parent, turn=(rank, 2))
+
+
 def test_damage_to_the_only_checkpoint_says_that_there_is_no_other(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     (path / "state.json").unlink()
