@@ -12,7 +12,7 @@ from fastjepa.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     pack_rng,
-    read_encoder,
+    read_networks,
     read_official,
     unpack_rng,
 )
@@ -131,8 +131,10 @@ def load_initial(path: Path, engine: Engine, init_with: InitWith = "weights") ->
         if predictor is not None:
             loaded["predictor"] = predictor
     else:
-        encoder = read_encoder(path).tensors
-        loaded = {"target_encoder": encoder, "encoder": encoder}
+        networks, found = read_networks(path)
+        loaded = {"target_encoder": found.tensors, "encoder": found.tensors}
+        if "predictor" in networks:
+            loaded["predictor"] = networks["predictor"]
     if init_with == "average":
         loaded["encoder"] = loaded["target_encoder"]
     engine.load(loaded, f"train.init_from {path}")

@@ -52,6 +52,19 @@ def test_what_init_with_takes(write_recipe: Write, pretrained: Path, start: str)
     assert same(found["optimizer"], wanted["optimizer"]) == (start == "optimizer")
 
 
+def test_an_exported_file_gives_its_predictor_too(
+    write_recipe: Write, pretrained: Path, tmp_path: Path
+) -> None:
+    exported = tmp_path / "exported.safetensors"
+    convert(pretrained, "safetensors", exported)
+    changes = [f"train.init_from={exported}", "run.seed=5"]
+    shares = build(load_recipe(write_recipe("next"), changes)).engine.snapshot()
+    wanted = state(pretrained)
+    for part, source in (("encoder", "target_encoder"), ("predictor", "predictor")):
+        found = {name: piece.data for name, piece in shares[part].items()}
+        assert same(found, wanted[source])
+
+
 def test_moments_are_in_our_checkpoints_alone(
     write_recipe: Write, pretrained: Path, tmp_path: Path
 ) -> None:
