@@ -4,6 +4,7 @@
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,8 @@ def train(
 ) -> None:
     """Pretrain; goes on by itself from the run folder's newest checkpoint."""
     from fastjepa.build import build, device_of
-    from fastjepa.config.load import load_recipe
+    from fastjepa.checkpoint.run_folder import given_back_unused
+    from fastjepa.config.load import dump_recipe, load_recipe
     from fastjepa.observe.console import Console
     from fastjepa.out_of_memory import remedies_told
     from fastjepa.train.ranks import join
@@ -64,6 +66,7 @@ def train(
         stop_on_signals() as stop,
         join(device, timeout=own.timeout, silence=own.heartbeat, alone=sharded) as ranks,
         open(os.devnull, "w") as nowhere,
+        given_back_unused(chosen.run.folder, dump_recipe(chosen)) if ranks.first else nullcontext(),
         remedies_told(chosen, ranks=ranks.size, device=device),
     ):
         console = Console(None if ranks.first else nowhere)

@@ -1,6 +1,8 @@
 """A run's folder belongs to one recipe; taking it for a run, and whether it can be written."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,21 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastjepa.checkpoint.layout import latest_checkpoint
+from fastjepa.checkpoint.layout import latest_checkpoint, newest_first
 from fastjepa.checkpoint.tensor_file import CheckpointError
 from fastjepa.durable import write_text
 
 RECIPE = "recipe.yaml"
 _FINGERPRINT = "# fingerprint: "
 
-# Keys that a run may change on the way: none of them changes what a step computes. (Accumulation
-# makes up for other ranks: a checkpoint knows how many samples a step has to take.)
+# Keys that a run may change on the way: none of them changes what a step computes, but for the
+# order in which sums are taken. (Accumulation makes up for other ranks: a checkpoint knows how many
+# samples a step has to take.)
 _FREE_KEYS = frozenset(
     {
         "run.folder",
+        "model.checkpointing",
+        "model.keep_attention",
         "train.steps",
         "train.log_every",
         "train.checkpoint_every",
@@ -32,13 +37,17 @@ _FREE_KEYS = frozenset(
         "guard.max_skips",
         "guard.return_after",
         "guard.max_returns",
+        "engine.kind",
+        "engine.adamw",
+        "engine.mask_groups",
+        "engine.micro_batches",
         "engine.zero_stage",
         "engine.offload",
         "engine.timeout",
         "engine.heartbeat",
     }
 )
-_FREE_SECTIONS = ("evaluate.", "observe.", "profile.")
+_FREE_SECTIONS = ("data.cache.", "evaluate.", "observe.", "profile.")
 _ABSENT = "absent"
 
 
@@ -94,6 +103,31 @@ def claim_run_folder(folder: Path, recipe_fingerprint: str, recipe_yaml: str) ->
         )
     _record(folder, recipe_fingerprint, recipe_yaml)
     return tuple(differing)
+
+
+@contextmanager
+def given_back_unused(folder: Path, recipe_yaml: str) -> Iterator[None]:
+    """Where the block fails before its run has logged a step, `folder` is free again: what was to
+    be changed in the recipe may then be changed."""
+    try:
+        yield
+    except BaseException:
+        if not _is_used(folder) and _recorded_text(folder) == recipe_yaml:
+            (folder / RECIPE).unlink()
+        raise
+
+
+def _is_used(folder: Path) -> bool:
+    metrics = folder / "metrics.jsonl"
+    return bool(newest_first(folder)) or (metrics.exists() and metrics.stat().st_size > 0)
+
+
+def _recorded_text(folder: Path) -> str | None:
+    """The recipe that `folder` was taken for; None where there is none to be read."""
+    try:
+        return (folder / RECIPE).read_text(encoding="utf-8").partition("\n")[2]
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _record(folder: Path, fingerprint: str, text: str) -> None:

@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from fastjepa.checkpoint import CheckpointError, check_writable, claim_run_folder, save_checkpoint
+from fastjepa.checkpoint.run_folder import _FREE_KEYS, _FREE_SECTIONS, given_back_unused
 
 RECIPE = """
 run: {folder: runs/a, seed: 0}
-model: {name: vit_tiny, levels: null, predictor: {depth: 4}}
-data: {video: [{path: a.csv, weight: 1.0}], workers: 2, prefetch: 4, pin_memory: true}
+model: {name: vit_tiny, checkpointing: false, levels: null, predictor: {depth: 4}}
+data:
+  video: [{path: a.csv, weight: 1.0}]
+  workers: 2
+  prefetch: 4
+  pin_memory: true
+  cache: {gib: 16.0}
 optim: {accumulate: 1}
 objective: {ramp: {start: 15000, end: 30000}}
 train: {steps: 100, log_every: 10, checkpoint_every: 50, keep_checkpoints: 3}
-engine: {threads: null, dtype: float32}
+engine: {threads: null, dtype: float32, kind: deepspeed}
 observe: {wandb: false, pictures: true}
 """
 
@@ -40,6 +46,9 @@ def test_a_new_folder_is_made_and_records_the_recipe(tmp_path: Path) -> None:
         ("optim.accumulate", "accumulate: 1", "accumulate: 2"),
         ("run.folder", "folder: runs/a", "folder: ./runs/a"),
         ("engine.threads", "threads: null", "threads: 2"),
+        ("engine.kind", "kind: deepspeed", "kind: torch"),
+        ("model.checkpointing", "checkpointing: false", "checkpointing: true"),
+        ("data.cache.gib", "gib: 16.0", "gib: 32.0"),
         ("observe.wandb", "wandb: false", "wandb: true"),
     ],
 )
@@ -84,6 +93,32 @@ def test_equal_recipes_of_unequal_fingerprint_are_refused(tmp_path: Path) -> Non
     claim_run_folder(tmp_path, "f1", RECIPE)
     with pytest.raises(CheckpointError, match="fingerprint 'f1', the same recipe now 'f2': edited"):
         claim_run_folder(tmp_path, "f2", RECIPE)
+
+
+def test_a_run_that_fails_before_its_first_step_gives_the_folder_back(tmp_path: Path) -> None:
+    other = RECIPE.replace("vit_tiny", "vit_base")
+
+    def fails(text: str) -> None:
+        with pytest.raises(RuntimeError), given_back_unused(tmp_path, text):
+            raise RuntimeError
+
+    claim_run_folder(tmp_path, "f1", RECIPE)
+    (tmp_path / "metrics.jsonl").touch()  # opened, and nothing logged
+    fails(other)  # the folder is not that one's to give back
+    with pytest.raises(CheckpointError, match="belongs to another recipe"):
+        claim_run_folder(tmp_path, "f2", other)
+    fails(RECIPE)
+    claim_run_folder(tmp_path, "f2", other)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    fails(other)
+    with pytest.raises(CheckpointError, match="belongs to another recipe"):
+        claim_run_folder(tmp_path, "f1", RECIPE)
+
+
+def test_the_docs_name_every_key_that_may_differ() -> None:
+    page = (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(encoding="utf-8")
+    free = {*_FREE_KEYS, *(section.rstrip(".") for section in _FREE_SECTIONS)}
+    assert not [key for key in free if f"`{key}`" not in page]
 
 
 def test_checkpoints_of_an_unknown_recipe_are_not_taken_over(tmp_path: Path) -> None:
