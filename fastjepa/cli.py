@@ -2,6 +2,7 @@
 2."""
 
 import os
+import shlex
 import shutil
 import sys
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ def train(
     from fastjepa.build import build, device_of
     from fastjepa.checkpoint.run_folder import given_back_unused
     from fastjepa.config.load import dump_recipe, load_recipe
+    from fastjepa.launch import ending_told, launch, launched
     from fastjepa.observe.console import Console
     from fastjepa.out_of_memory import remedies_told
     from fastjepa.train.ranks import join
@@ -52,8 +54,6 @@ def train(
     chosen = load_recipe(recipe, overrides or [])
     own = chosen.engine
     if nproc is not None:
-        from fastjepa.launch import launch
-
         if own.kind == "torch" and nproc > 1:
             raise ValueError(
                 f"--nproc {nproc}: engine.kind torch is one process; "
@@ -63,6 +63,7 @@ def train(
     sharded = own.kind == "deepspeed"
     device = device_of(own.device)
     with (
+        ending_told(),
         stop_on_signals() as stop,
         join(device, timeout=own.timeout, silence=own.heartbeat, alone=sharded) as ranks,
         open(os.devnull, "w") as nowhere,
@@ -79,8 +80,10 @@ def train(
             finished = True
         else:
             finished = trainer.run(stop)
-        again = " ".join([_program(), "train", str(recipe), *(overrides or [])])
         if not finished:
+            words = ["train", str(recipe), *(overrides or [])]
+            words += ["--nproc", str(ranks.size)] if launched() else []
+            again = f"{_program()} {shlex.join(words)}"
             console.say(
                 f"stopped by {stop.name} after step {trainer.step}, saved; to go on: {again}"
             )

