@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 import fastjepa
-from fastjepa.build_data import datasets_of, loaders_of, quarantine_of
+from fastjepa.build_data import Datasets, datasets_of, loaders_of, quarantine_of
 from fastjepa.checkpoint import claim_run_folder
 from fastjepa.config.key_ledger import flat_keys
 from fastjepa.config.load import dump_recipe
 from fastjepa.config.resolve import Resolved, resolve
 from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
+from fastjepa.data.loader import Loader
 from fastjepa.data.mixture import Mixture
 from fastjepa.distillation import check_teacher, load_teacher
 from fastjepa.durable import write_text
@@ -58,20 +59,12 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
     """
     console = console or Console()
     _check_ranks(recipe, ranks)
-    resolved = resolve(recipe)
-    for note in resolved.notes:
-        console.say(f"note: {note}")
-    if recipe.engine.threads is not None:
-        torch.set_num_threads(recipe.engine.threads)
-    device = device_of(recipe.engine.device)
-    share = share_of(recipe, resolved, rank=ranks.rank, ranks=ranks.size)
-    datasets = datasets_of(recipe, resolved)
-    loaders = loaders_of(recipe, share, datasets, device)
+    resolved, device, share, datasets, loaders = ranks.together(
+        lambda: _prepared(recipe, console, ranks)
+    )
     # Clips of all lengths come from the same files; those of other ranks count, too.
     num_files = {share.streams[name].modality: one.num_files for name, one in loaders.items()}
     num_files |= {m: Mixture(d).num_files for m, d in datasets.items() if m not in num_files}
-    if ranks.first:
-        _claim(recipe, resolved, console)
     manifests = [files for named in datasets.values() for files, _ in named]
     quarantine = quarantine_of(recipe, manifests, sum(num_files.values()), console, ranks)
 
@@ -127,6 +120,24 @@ def build(recipe: Recipe, console: Console | None = None, ranks: Ranks = ALONE) 
         evaluation=_evaluation(recipe, next(iter(resolved.streams.values()))),
         profile=_profile(recipe, device, ranks),
     )
+
+
+def _prepared(
+    recipe: Recipe, console: Console, ranks: Ranks
+) -> tuple[Resolved, torch.device, RankShare, Datasets, dict[str, Loader]]:
+    """Numbers, data and the run folder: where mistakes of recipe and data show."""
+    resolved = resolve(recipe)
+    for note in resolved.notes:
+        console.say(f"note: {note}")
+    if recipe.engine.threads is not None:
+        torch.set_num_threads(recipe.engine.threads)
+    device = device_of(recipe.engine.device)
+    share = share_of(recipe, resolved, rank=ranks.rank, ranks=ranks.size)
+    datasets = datasets_of(recipe, resolved)
+    loaders = loaders_of(recipe, share, datasets, device)
+    if ranks.first:
+        _claim(recipe, resolved, console)
+    return resolved, device, share, datasets, loaders
 
 
 def _check_ranks(recipe: Recipe, ranks: Ranks) -> None:

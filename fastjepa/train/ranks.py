@@ -7,7 +7,7 @@ environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without the
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,6 +84,25 @@ class Ranks:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value)
         return values  # type: ignore[return-value]
+
+    def together(self, make: Callable[[], T]) -> T:
+        """What `make`, in which nothing is sent, gives this rank.
+
+        Where it raises ValueError or OSError on any rank, all of them raise RanksError with the
+        first one's message; one rank alone raises what it raises.
+        """
+        if self.size == 1:
+            return make()
+        made: list[T] = []
+        told = None
+        try:
+            made.append(make())
+        except (ValueError, OSError) as error:
+            told = str(error)
+        for rank, message in enumerate(self.gather(told)):
+            if message is not None:
+                raise RanksError(f"rank {rank}: {message}" if rank else message)
+        return made[0]
 
     def check_same(self, facts: Mapping[str, object]) -> None:
         """Raises RanksError on every rank, naming the first fact that is not the same on all."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from fastjepa.config.load import load_recipe
+from fastjepa.checkpoint import claim_run_folder
+from fastjepa.config.load import dump_recipe, load_recipe
 
 from ..processes import finish, start, wait_for_step
 from .conftest import free_port, ranks_of, recipe, rows, train
@@ -105,6 +106,23 @@ def test_other_recipes_on_ranks_are_one_line_on_the_first(tmp_path: Path) -> Non
     )
     assert silent == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mistake", ["folder", "data"])
+def test_a_mistake_is_one_line_on_the_first_rank(tmp_path: Path, mistake: str) -> None:
+    folder = tmp_path / "run"
+    path, port = recipe(folder), free_port()
+    overrides, told = ["data.video=nowhere"], "nowhere"
+    if mistake == "folder":
+        other = dump_recipe(load_recipe(path, ["optim.lr=0.5"]))
+        claim_run_folder(folder, "other", other)
+        overrides, told = [], "belongs to another recipe: optim.lr"
+    both = [as_rank(0, port, path, *overrides), as_rank(1, port, path, *overrides)]
+    (code, out), (other_code, silent) = map(finish, both)
+    assert (code, other_code) == (2, 2)
+    assert told in out.splitlines()[-1]
+    assert out.count("error:") == 1
+    assert silent == ""
 
 
 def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(tmp_path: Path) -> None:
