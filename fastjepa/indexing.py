@@ -83,7 +83,10 @@ def _beside(manifest: str) -> Path:
     """`clips.csv` and the folder `clips` give `clips.index.parquet`; an index gives itself."""
     from fastjepa.data.index import SUFFIX
 
-    path = Path(manifest).expanduser()
+    try:
+        path = Path(manifest).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{manifest}: {error}") from None
     if not path.exists():
         raise ValueError(f"{manifest}: say where to write its index with --out")
     if path.name.endswith(SUFFIX):
