@@ -22,7 +22,7 @@ from fastjepa.planning.balance import Roles
 from fastjepa.planning.communication import Traffic, ring_bandwidth, step_traffic
 from fastjepa.planning.gpus import Gpu
 from fastjepa.rank_memory import chosen_layout, held_between_passes, largest_activations
-from fastjepa.roles import even_roles, given_roles
+from fastjepa.roles import even_roles, given_roles, share_of
 
 # Masks are drawn for batches of at most this size; larger ones keep hardly fewer tokens.
 _LARGEST_DRAWN = 64
@@ -157,21 +157,22 @@ def make_plan(recipe: Recipe, resolved: Resolved, cluster: Cluster) -> Plan:
     """
     numbers = estimate(recipe, resolved)
     costs = StreamCosts(recipe, resolved)
-    accumulate = recipe.optim.accumulate
     roles: tuple[Roles, ...] | None = None
     streams = dict(resolved.streams)
     works = [[(part, part.passes) for part in numbers.parts.values()]]
     samples = resolved.clips_per_step * cluster.gpus
     rank_ratio = recipe.ranks.rank_ratio
     if rank_ratio is not None and cluster.gpus > 1:
-        split = resolved.streams, cluster.gpus, rank_ratio
-        roles = _splits(recipe, costs, *split)
-        chosen = roles[-1] if recipe.ranks.balance == "work" else roles[0]
-        taken = {"video": chosen.video, "image": chosen.image}
-        for name, role in taken.items():
-            streams[name] = replace(streams[name], clips=role.batch)
-        works = [[(costs.part(stream), accumulate)] for stream in streams.values()]
-        samples = accumulate * float(sum(role.samples for role in taken.values()))
+        if recipe.ranks.balance == "work" or streams.keys() == {"video", "image"}:
+            roles = _splits(recipe, costs, streams, cluster.gpus, rank_ratio)
+        ends = [
+            share_of(recipe, resolved, rank=rank, ranks=cluster.gpus)
+            for rank in (cluster.gpus - 1, 0)
+        ]
+        streams = {name: stream for end in ends for name, stream in end.streams.items()}
+        parts = [list(map(costs.part, end.streams.values())) for end in ends]
+        works = [[(part, part.passes) for part in own] for own in parts]
+        samples = sum(ends[0].samples_per_step.values())
     flops, recompute = max(_operations(work) for work in works)
     plan = Plan(
         cluster, numbers, flops, recompute, samples, resolved.steps, recipe.model.checkpointing,

@@ -105,8 +105,8 @@ def given_roles(
 def _batches(streams: Mapping[str, Stream]) -> tuple[int, int]:
     if set(streams) != {"video", "image"}:
         raise ValueError(
-            "ranks.rank_ratio: work is counted for the streams video and image, this recipe has "
-            f"{', '.join(streams)}; expected no data.lengths"
+            "ranks.balance: work is counted for the streams video and image, this recipe has "
+            f"{', '.join(streams)}; expected no data.lengths, or ratio"
         )
     return streams["image"].clips, streams["video"].clips
 

@@ -256,6 +256,19 @@ def test_a_split_that_cannot_be_even_is_planned_as_it_is_and_refused_if_asked_fo
         plan("demo.yaml", *uneven, "ranks.balance=work", gpus=2)
 
 
+def test_clips_of_several_lengths_are_planned_on_video_ranks() -> None:
+    """Where ranks are split by ratio, as in training; work is not evened out over lengths."""
+    lengths = "data.lengths=[{frames: 16, batch: 2, share: 0.5}]"
+    own = (*SMALL, "ranks.rank_ratio=0.5", "data.mix=alternate")
+    both, one = plan("demo.yaml", *own, lengths), plan("demo.yaml", *own)
+    assert both.roles is None
+    assert both.flops > one.flops  # the busiest rank takes longer clips half of the time
+    names = set(next(iter(both.layouts.values())).largest)
+    assert {"video", "image"} < names
+    with pytest.raises(ValueError, match=r"ranks\.balance: work is counted for .*, or ratio"):
+        plan("demo.yaml", *own, "ranks.balance=work", lengths)
+
+
 def test_roles_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"ranks\.rank_ratio: 0\.5 splits .* data\.image is empty"):
         plan("demo.yaml", "data.image=[]", "ranks.rank_ratio=0.5")
