@@ -1,10 +1,9 @@
 import json
-import multiprocessing
-from multiprocessing.queues import Queue
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastjepa.build_data import quarantine_of
 from fastjepa.config.load import load_recipe
@@ -12,6 +11,8 @@ from fastjepa.data.files import Entry, Files
 from fastjepa.data.quarantine import Quarantine, TooManyBadFiles
 from fastjepa.observe.console import Console
 from fastjepa.train.ranks import Ranks
+
+from ..processes import ROOT, finish
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -57,7 +58,8 @@ def test_too_many_is_said_after_they_are_written(tmp_path: Path) -> None:
 
 
 def test_too_many_are_too_many_at_every_start(tmp_path: Path) -> None:
-    recipe = load_recipe("configs/demo.yaml", [f"run.folder={tmp_path}", "data.max_bad_share=0.5"])
+    own = [f"run.folder={tmp_path}", "data.max_bad_share=0.5"]
+    recipe = load_recipe(ROOT / "configs/demo.yaml", own)
     manifest = Files.of([Entry("/a.mp4", "video")], [("/b.mp4", "empty"), ("/c.mp4", "empty")])
     for _ in range(2):
         with pytest.raises(TooManyBadFiles, match="2 of 3 files cannot be read"):
@@ -65,30 +67,37 @@ def test_too_many_are_too_many_at_every_start(tmp_path: Path) -> None:
     assert len(_rows(tmp_path / "quarantine.jsonl")) == 2
 
 
-def _decide(rank: int, folder: Path, found: Queue) -> None:
-    """What a rank of two says of one more bad file, where the run's folder names one."""
-    place = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
-    recipe = load_recipe("configs/demo.yaml", [f"run.folder={folder}", "data.max_bad_share=0.25"])
-    quarantine = quarantine_of(recipe, [], 4, Console(), Ranks(rank, 2))
-    try:
-        found.put((len(quarantine), quarantine.add([("/b.mp4", "empty")])))
-    except TooManyBadFiles as error:
-        found.put((len(quarantine), str(error).partition(" cannot")[0]))
-    torch.distributed.destroy_process_group()
+# What a rank of two says of one more bad file, where the run's folder names one.
+DECIDE = """
+import sys
+import torch
+from fastjepa.build_data import quarantine_of
+from fastjepa.config.load import load_recipe
+from fastjepa.data.quarantine import TooManyBadFiles
+from fastjepa.observe.console import Console
+from fastjepa.train.ranks import Ranks
+rank, folder = int(sys.argv[1]), sys.argv[2]
+place = f"file://{folder}/meeting"
+torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+recipe = load_recipe("configs/demo.yaml", [f"run.folder={folder}", "data.max_bad_share=0.25"])
+quarantine = quarantine_of(recipe, [], 4, Console(), Ranks(rank, 2))
+try:
+    quarantine.add([("/b.mp4", "empty")])
+except TooManyBadFiles as error:
+    print(len(quarantine), str(error).partition(" cannot")[0])
+"""
 
 
 def test_all_ranks_know_what_a_run_before_met(tmp_path: Path) -> None:
     Quarantine(tmp_path / "quarantine.jsonl", 0.25, 4).add([("/a.mp4", "empty")])
-    spawn = multiprocessing.get_context("spawn")
-    found = spawn.Queue()
-    ranks = [spawn.Process(target=_decide, args=(rank, tmp_path, found)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    told = [found.get(timeout=120) for _ in ranks]
-    for process in ranks:
-        process.join()
-    assert told == [(2, "2 of 4 files")] * 2
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", DECIDE, str(rank), str(tmp_path)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [finish(rank) for rank in ranks] == [(0, "2 2 of 4 files\n")] * 2
 
 
 def test_no_good_file_left_stops_at_any_share() -> None:
