@@ -81,12 +81,10 @@ def index(
 
 def _beside(manifest: str) -> Path:
     """`clips.csv` and the folder `clips` give `clips.index.parquet`; an index gives itself."""
+    from fastjepa.data.files import local_path
     from fastjepa.data.index import SUFFIX
 
-    try:
-        path = Path(manifest).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{manifest}: {error}") from None
+    path = local_path(manifest)
     if not path.exists():
         raise ValueError(f"{manifest}: say where to write its index with --out")
     if path.name.endswith(SUFFIX):

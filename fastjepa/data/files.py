@@ -9,6 +9,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args, overload
 
 import numpy as np
@@ -47,6 +48,14 @@ def kind_of(path: str | os.PathLike[str]) -> Kind | None:
     if extension in VIDEO_EXTENSIONS:
         return "video"
     return "image" if extension in IMAGE_EXTENSIONS else None
+
+
+def local_path(path: str) -> Path:
+    """`path` with a home folder for its `~`. Raises ManifestError where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ManifestError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastjepa.data.cache import Cache
-from fastjepa.data.files import Entry, Files, ManifestError
+from fastjepa.data.files import Entry, Files
 from fastjepa.data.manifest import read_manifest
-from fastjepa.data.parquet_list import INDEX_MARK, read_parquet
+from fastjepa.data.parquet_list import INDEX_MARK
 from fastjepa.data.probe import Facts
 from fastjepa.data.probe_notes import ProbeNotes, State
 from fastjepa.data.remote import is_remote
@@ -54,14 +54,7 @@ def files_to_index(manifest: str, cache: Cache) -> Files:
 
     Raises ManifestError.
     """
-    place = os.path.expanduser(manifest)
-    if place.lower().endswith(".parquet") and os.path.isfile(place):
-        with open(place, "rb") as handle:
-            files = read_parquet(handle, place, keep_unreadable=True)
-        if not files:
-            raise ManifestError(f"{place}: no files to index")
-    else:
-        files = read_manifest(manifest, cache)
+    files = read_manifest(manifest, cache, keep_unreadable=True)
     return Files.of(
         (entry._replace(path=_absolute(entry.path)) for entry in files),
         [(_absolute(path), reason) for path, reason in files.bad],

@@ -24,15 +24,16 @@ LISTS = (".csv", ".jsonl", ".parquet")
 Rows = Iterator[tuple[str, Mapping[str, object]]]
 
 
-def read_list(handle: BinaryIO, named: str) -> Files:
+def read_list(handle: BinaryIO, named: str, keep_unreadable: bool = False) -> Files:
     """Read a list by the extension of its name, which errors give and relative paths start at.
 
-    Raises ManifestError for a column or value that is not known, and for an empty list.
+    `keep_unreadable` is read_parquet's. Raises ManifestError for a column or value that is not
+    known, and for an empty list.
     """
     if named.lower().endswith(".parquet"):
         from fastjepa.data.parquet_list import read_parquet
 
-        files = read_parquet(handle, named)
+        files = read_parquet(handle, named, keep_unreadable)
     elif named.lower().endswith(".csv"):
         from fastjepa.data.plain_csv import read_plain_csv
 

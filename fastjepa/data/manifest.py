@@ -25,6 +25,7 @@ from fastjepa.data.files import (
     Files,
     ManifestError,
     kind_of,
+    local_path,
 )
 from fastjepa.data.lists import LISTS, read_list
 from fastjepa.data.quarantine import BadFile
@@ -33,38 +34,36 @@ from fastjepa.data.shards import COMPRESSED
 from fastjepa.data.storage import members_of
 
 
-def read_manifest(path: str, cache: Cache = DEFAULT) -> Files:
+def read_manifest(path: str, cache: Cache = DEFAULT, *, keep_unreadable: bool = False) -> Files:
     """List the videos and images that `path` stands for.
 
     A folder is walked recursively (links followed, hidden names left out) and sorted, a glob is
     sorted, a list keeps its order (see lists.py); tars stand for their members. All of these may be
     `scheme://...` addresses of fsspec. `package:NAME/FOLDER` is a folder inside an installed
-    package, which is not imported. Raises ManifestError when nothing is there, nothing fits, or a
-    list is not as it should be.
+    package, which is not imported. With `keep_unreadable` files that an index found unreadable are
+    entries like the others, but for tars. Raises ManifestError when nothing is there, nothing fits,
+    or a list is not as it should be.
     """
     if path.startswith("package:"):
         return _media(sorted(_walk(_package_folder(path))), path, cache)
     if is_remote(path):
         try:
             with fetching(path):
-                return _read_remote(path, cache)
+                return _read_remote(path, cache, keep_unreadable)
         except DecodeError as error:
             raise ManifestError(str(error)) from None
-    try:
-        place = Path(path).expanduser()
-    except RuntimeError as error:
-        raise ManifestError(f"{path}: {error}") from None
+    place = local_path(path)
     if place.is_dir():
         return _media(sorted(_walk(place)), path, cache)
     if place.is_file():
-        return _read_file(str(place), cache)
+        return _read_file(str(place), cache, keep_unreadable)
     if glob.has_magic(path):
         found = sorted(glob.glob(str(place), recursive=True))
         return _media(_uncompressed(found), path, cache)
     raise ManifestError(f"{path}: no such file or folder")
 
 
-def _read_file(address: str, cache: Cache) -> Files:
+def _read_file(address: str, cache: Cache, keep_unreadable: bool) -> Files:
     kind = kind_of(address)
     if kind is not None:
         return Files.of([Entry(address, kind)])
@@ -76,20 +75,20 @@ def _read_file(address: str, cache: Cache) -> Files:
         )
     if not is_remote(address):
         with open(address, "rb") as handle:
-            return read_list(handle, address)
+            return read_list(handle, address, keep_unreadable)
     files, inside = filesystem(address)
     with files.open(inside, "rb") as handle:
-        return read_list(handle, address)
+        return read_list(handle, address, keep_unreadable)
 
 
-def _read_remote(address: str, cache: Cache) -> Files:
+def _read_remote(address: str, cache: Cache, keep_unreadable: bool) -> Files:
     files, inside = filesystem(address)
     if glob.has_magic(address):
         start = len(re.split(r"[*?[]", inside)[0].rpartition("/")[0])
         found = _visible(files, files.glob(inside), start)
         return _media(_uncompressed(found), address, cache)
     if files.isfile(inside):
-        return _read_file(address, cache)
+        return _read_file(address, cache, keep_unreadable)
     if files.isdir(inside):
         return _media(_visible(files, files.find(inside), len(inside)), address, cache)
     raise ManifestError(f"{address}: no such file or folder")

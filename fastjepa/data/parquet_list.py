@@ -21,7 +21,7 @@ from fastjepa.data.remote import SCHEME
 INDEX_MARK = b"fastjepa.index"
 
 
-def read_parquet(handle: BinaryIO, named: str, *, keep_unreadable: bool = False) -> Files:
+def read_parquet(handle: BinaryIO, named: str, keep_unreadable: bool = False) -> Files:
     """Read a Parquet list or an index. Raises ManifestError.
 
     With `keep_unreadable` an index's unreadable files are entries like the others, but for tars.

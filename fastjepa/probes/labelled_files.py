@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastjepa.data.files import kind_of
+from fastjepa.data.files import kind_of, local_path
 
 
 class ClassFiles(NamedTuple):
@@ -34,7 +34,7 @@ def read_classes(source: str, classes: Sequence[str] | None = None) -> ClassFile
     those found, numbers in their order, other names by the alphabet. Raises ValueError naming the
     source, and the row or folder, that does not fit.
     """
-    place = Path(source).expanduser()
+    place = local_path(source)
     if place.is_dir():
         found = [
             (str(file), folder.name)
@@ -66,7 +66,7 @@ def read_classes(source: str, classes: Sequence[str] | None = None) -> ClassFile
 def read_pairs(source: str, kind: str) -> Pairs:
     """Read a folder with `images/` and `KIND/`, files of one stem belonging together, or a CSV with
     the columns `image` and `label`. Raises ValueError naming what is missing."""
-    place = Path(source).expanduser()
+    place = local_path(source)
     if not place.is_dir():
         rows = _rows(place, ("image", "label"))
         return Pairs([image for image, _ in rows], [str(place.parent / label) for _, label in rows])
