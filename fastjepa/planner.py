@@ -166,7 +166,9 @@ def make_plan(recipe: Recipe, resolved: Resolved, cluster: Cluster) -> Plan:
         if recipe.ranks.balance == "work" or streams.keys() == {"video", "image"}:
             roles = _splits(recipe, costs, streams, cluster.gpus, rank_ratio)
         ends = [
-            share_of(recipe, resolved, rank=rank, ranks=cluster.gpus)
+            share_of(
+                recipe, resolved, rank=rank, ranks=cluster.gpus, even=roles[-1] if roles else None
+            )
             for rank in (cluster.gpus - 1, 0)
         ]
         streams = {name: stream for end in ends for name, stream in end.streams.items()}

@@ -36,11 +36,14 @@ class RankShare:
     samples_per_step: dict[str, float]
 
 
-def share_of(recipe: Recipe, resolved: Resolved, *, rank: int, ranks: int) -> RankShare:
+def share_of(
+    recipe: Recipe, resolved: Resolved, *, rank: int, ranks: int, even: Roles | None = None
+) -> RankShare:
     """The part of `rank`, one of `ranks`; the first ones take images where there are roles.
 
-    Raises ValueError for a `ranks.rank_ratio` that leaves images or videos without a rank, and for
-    `ranks.balance: work` where no split is even.
+    `even` is the split of `ranks.balance: work` where it is known already. Raises ValueError for a
+    `ranks.rank_ratio` that leaves images or videos without a rank, and for `ranks.balance: work`
+    where no split is even.
     """
     mix, streams, ratio = resolved.mix, resolved.streams, recipe.ranks.rank_ratio
     accumulate = recipe.optim.accumulate
@@ -49,7 +52,7 @@ def share_of(recipe: Recipe, resolved: Resolved, *, rank: int, ranks: int) -> Ra
         return RankShare(streams, mix, rank, ranks, 1.0, samples)
     images, weights = num_image_ranks(ranks, ratio), {"image": 1.0, "video": 1.0}
     if recipe.ranks.balance == "work":
-        even = even_roles(StreamCosts(recipe, resolved), streams, ranks, ratio)
+        even = even or even_roles(StreamCosts(recipe, resolved), streams, ranks, ratio)
         images, roles = even.image.ranks, {"image": even.image, "video": even.video}
         weights = {name: role.factor for name, role in roles.items()}
         streams = {name: replace(one, clips=roles[name].batch) for name, one in streams.items()}
