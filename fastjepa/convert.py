@@ -60,7 +60,8 @@ def convert(
     ):
         if given and to not in formats:
             raise ValueError(f"{option}: is for --to {' and '.join(formats)}, not {to}")
-    for path in _outputs(out, to):
+    outputs = _outputs(out, to)
+    for path in outputs:
         if path.exists():
             raise ValueError(f"--out {path}: exists already; choose another name")
     networks, found = read_networks(local(source))
@@ -81,8 +82,8 @@ def convert(
         text = model_card(found, out.name, licence, _metrics(found))
         notes = {"license": licence, "about": found.about}
         write_encoder(out, found.tensors, found.sizes, notes, networks.get("predictor"))
-        write_text(out.with_suffix(".md"), text)
-        return _outputs(out, to)
+        write_text(outputs[1], text)
+        return outputs
     return _write_graph(found, to, out, image=image, levels=levels)
 
 

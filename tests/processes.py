@@ -28,11 +28,13 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], *, seconds: float = LONG) -> tuple[int, str]:
     """Exit code and output. Raises subprocess.TimeoutExpired, with the output, after `seconds`."""
-    for _ in range(round(seconds / NAP)):
-        with suppress(subprocess.TimeoutExpired):
+    for left in reversed(range(round(seconds / NAP))):
+        try:
             out, _ = process.communicate(timeout=NAP)
-            return process.returncode, out
-    out, _ = process.communicate(timeout=NAP)
+            break
+        except subprocess.TimeoutExpired:
+            if not left:
+                raise
     return process.returncode, out
 
 

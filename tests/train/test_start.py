@@ -29,6 +29,15 @@ def state(folder: Path) -> dict[str, dict[str, Tensor]]:
     return {part: dict(tensors) for part, tensors in load_checkpoint(path).tensors.items()}
 
 
+def started(write_recipe: Write, changes: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The state of a run that has made no step."""
+    shares = build(load_recipe(write_recipe("next"), changes)).engine.snapshot()
+    return {
+        part: {name: piece.data for name, piece in pieces.items()}
+        for part, pieces in shares.items()
+    }
+
+
 def same(found: object, wanted: dict[str, Tensor]) -> bool:
     assert isinstance(found, dict)
     return found.keys() == wanted.keys() and all(
@@ -39,12 +48,7 @@ def same(found: object, wanted: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("start", ["weights", "optimizer", "average"])
 def test_what_init_with_takes(write_recipe: Write, pretrained: Path, start: str) -> None:
     changes = [f"train.init_from={pretrained}", f"train.init_with={start}", "run.seed=5"]
-    engine = build(load_recipe(write_recipe("next"), changes)).engine
-    found = {
-        part: {name: piece.data for name, piece in pieces.items()}
-        for part, pieces in engine.snapshot().items()
-    }
-    wanted = state(pretrained)
+    found, wanted = started(write_recipe, changes), state(pretrained)
     average = wanted["target_encoder"]
     assert same(found["predictor"], wanted["predictor"])
     assert same(found["target_encoder"], average)
@@ -58,11 +62,9 @@ def test_an_exported_file_gives_its_predictor_too(
     exported = tmp_path / "exported.safetensors"
     convert(pretrained, "safetensors", exported)
     changes = [f"train.init_from={exported}", "run.seed=5"]
-    shares = build(load_recipe(write_recipe("next"), changes)).engine.snapshot()
-    wanted = state(pretrained)
-    for part, source in (("encoder", "target_encoder"), ("predictor", "predictor")):
-        found = {name: piece.data for name, piece in shares[part].items()}
-        assert same(found, wanted[source])
+    found, wanted = started(write_recipe, changes), state(pretrained)
+    assert same(found["encoder"], wanted["target_encoder"])
+    assert same(found["predictor"], wanted["predictor"])
 
 
 def test_moments_are_in_our_checkpoints_alone(
