@@ -51,7 +51,7 @@ def as_on_a_gpu(step: Callable[[Tensor, Masks], float]) -> Iterator[None]:
     by_hand, in_turn = [block.by_hand for block in blocks], step.engine.in_turn
     step.engine.in_turn = False
     for block in blocks:
-        block.by_hand = False
+        block.by_hand = "gpu"
     yield
     step.engine.in_turn = in_turn
     for block, was in zip(blocks, by_hand, strict=True):

@@ -87,7 +87,7 @@ class Model(Sizes):
     checkpointing: bool = False
     keep_attention: bool = False
     attention: Literal[
-        "auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "xformers", "math"
+        "auto", "sdpa", "cudnn", "varlen", "flash2", "flash3", "flash4", "xformers", "math"
     ] = "auto"
     predictor: Predictor = Predictor()
 

@@ -3,6 +3,7 @@
 `auto` measures: the first pass of a size times every backend that can take it, and keeps the
 fastest for the rest of the process. Lengths change with every mask, so a size is coarse: as many
 sequences, the longest rounded up to a multiple of 256, the rows to a power of two.
+cuDNN's plan of a new length takes as long as many passes: it is for lengths that recur.
 
 Shapes: R packed rows, B sequences, K tokens of a sequence, H heads, C head channels.
 """
@@ -22,23 +23,33 @@ from fastjepa.model.segments import Segment
 BACKENDS = ("auto", *(backend.name for backend in ALL))
 _STEP = 256
 _ROUNDS = 5
+# Lengths for which a backend may prepare itself; more than these are those of changing masks.
+_PLANS = 8
 
 _Size = tuple[object, ...]
 _fastest: dict[_Size, Backend] = {}
+_lengths: dict[_Size, set[tuple[Segment, ...]]] = {}
 
 
-def attend(qkv_R3HC: Tensor, segments: Sequence[Segment], *, backend: str = "auto") -> Tensor:
-    """Softmax attention of each sequence on itself, not causal, scale C^-0.5: [R, 3, H, C] -> [R,
-    H, C].
+def attend(
+    q_RHC: Tensor,
+    k_RHC: Tensor,
+    v_RHC: Tensor,
+    segments: Sequence[Segment],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of each sequence on itself, not causal, scale C^-0.5: [R, H, C] each, and
+    the result.
 
     Backends are those of attention_backends.py; `auto` takes the fastest here. Raises ValueError
     for another name, and for one that cannot take these inputs on their device.
     """
-    chosen = fastest(qkv_R3HC, segments) if backend == "auto" else backend_named(backend)
-    refusal = chosen.refusal(qkv_R3HC.device, qkv_R3HC.dtype, qkv_R3HC.shape[-1])
+    chosen = fastest(q_RHC, segments) if backend == "auto" else backend_named(backend)
+    refusal = chosen.refusal(q_RHC.device, q_RHC.dtype, q_RHC.shape[-1])
     if refusal is not None:
         raise ValueError(f"attention: {chosen.name} cannot run here: {refusal}")
-    return chosen.run(qkv_R3HC, segments)
+    return chosen.run(q_RHC, k_RHC, v_RHC, segments)
 
 
 def backend_named(name: str) -> Backend:
@@ -58,18 +69,27 @@ def candidates(device: torch.device, dtype: torch.dtype, channels: int) -> list[
     ]
 
 
-def fastest(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Backend:
-    """The backend that took least time on this size, with its gradient if one is asked for."""
-    device, (_, _, heads, channels) = qkv_R3HC.device, qkv_R3HC.shape
-    able = candidates(device, qkv_R3HC.dtype, channels)
+def fastest(q_RHC: Tensor, segments: Sequence[Segment]) -> Backend:
+    """The backend that took least time on this size, with its gradient if one is asked for.
+
+    One that prepares itself for every length is left out once there have been too many.
+    """
+    device, (_, heads, channels) = q_RHC.device, q_RHC.shape
+    able = candidates(device, q_RHC.dtype, channels)
     if len(able) == 1:
         return able[0]
-    grad = torch.is_grad_enabled() and qkv_R3HC.requires_grad
-    size = (device, qkv_R3HC.dtype, heads, channels, grad, *_size(segments))
+    grad = torch.is_grad_enabled() and q_RHC.requires_grad
+    kind = device, q_RHC.dtype, heads, channels, grad
+    seen = _lengths.setdefault(kind, set())
+    if len(seen) <= _PLANS:
+        seen.add(tuple(segments))
+    if len(seen) > _PLANS:
+        able = [backend for backend in able if not backend.plans]
+    size = *kind, len(seen) > _PLANS, *_size(segments)
     if size not in _fastest:
         with _unwatched():
             like = torch.randn(
-                qkv_R3HC.shape, dtype=qkv_R3HC.dtype, device=device,
+                (len(q_RHC), 3, heads, channels), dtype=q_RHC.dtype, device=device,
                 generator=torch.Generator(device).manual_seed(0),
             ).requires_grad_(grad)  # fmt: skip
             _fastest[size] = measured(able, like, segments)
@@ -123,7 +143,7 @@ def _seconds(backend: Backend, qkv_R3HC: Tensor, segments: Sequence[Segment]) ->
     _wait(qkv_R3HC.device)
     start = time.perf_counter()
     with torch.set_grad_enabled(qkv_R3HC.requires_grad):
-        out = backend.run(qkv_R3HC, segments)
+        out = backend.run(*qkv_R3HC.unbind(1), segments)
     if qkv_R3HC.requires_grad:
         torch.autograd.grad(out, qkv_R3HC, torch.ones_like(out))
     _wait(qkv_R3HC.device)

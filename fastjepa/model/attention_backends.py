@@ -1,4 +1,4 @@
-"""Exact attention by every library that may be at hand, each behind `(qkv, segments) -> out`.
+"""Exact attention by every library that may be at hand, each behind `(q, k, v, segments) -> out`.
 
 None is causal, all scale by C^-0.5. PyTorch's own and the formula go through the segments one by
 one; the others take the packed rows as they lie, with the places where sequences begin. Which one
@@ -15,19 +15,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend as Sdpa
+from torch.nn.attention import sdpa_kernel
 
 from fastjepa.model.segments import Segment
 
 _HALF = (torch.float16, torch.bfloat16)
 
-Run = Callable[[Tensor, Sequence[Segment]], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Sequence[Segment]], Tensor]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to attend; `run` takes [R, 3, H, C] to [R, H, C]. `module` is what it imports.
+    """One way to attend; `run` takes q, k and v [R, H, C] to [R, H, C]. `module` is what it imports.
 
     It is built for GPUs of a compute capability of `capability` or more, but less than `below`.
+    `plans`: it prepares itself for every new length, which takes longer than a step can spare.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Backend:
     capability: tuple[int, int] = (8, 0)
     below: tuple[int, int] | None = None
     channels: tuple[int, int, int] = (8, 256, 8)
+    plans: bool = False
 
     def refusal(self, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
         """Why it cannot take heads of `channels` channels there; None if it can."""
@@ -86,14 +90,31 @@ def sequence_starts(segments: tuple[Segment, ...], device: torch.device) -> Tens
 def _by_segment(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
     """A kernel for [B, H, K, C], one segment after the other."""
 
-    def run(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    def run(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
+        # Their gradients come together in one copy.
+        sizes = [segment.count * segment.length for segment in segments]
+        sides = zip(*(x.split(sizes) for x in (q_RHC, k_RHC, v_RHC)), strict=True)
         parts = []
-        for segment in segments:
-            q, k, v = (t.transpose(1, 2) for t in segment.rows(qkv_R3HC).unbind(2))
+        for segment, side in zip(segments, sides, strict=True):
+            shape = segment.count, segment.length, *q_RHC.shape[1:]
+            q, k, v = (x.view(shape).transpose(1, 2) for x in side)
             parts.append(kernel(q, k, v).transpose(1, 2).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return run
+
+
+def _sdpa(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
+    if q_BHKC.device.type != "cuda":
+        return F.scaled_dot_product_attention(q_BHKC, k_BHKC, v_BHKC)
+    # Left to itself it takes cuDNN's, which is a backend of its own.
+    with sdpa_kernel([Sdpa.FLASH_ATTENTION, Sdpa.EFFICIENT_ATTENTION, Sdpa.MATH]):
+        return F.scaled_dot_product_attention(q_BHKC, k_BHKC, v_BHKC)
+
+
+def _cudnn(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
+    with sdpa_kernel(Sdpa.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(q_BHKC, k_BHKC, v_BHKC)
 
 
 def _formula(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
@@ -102,42 +123,42 @@ def _formula(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
     return out
 
 
-def _places(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> tuple[Tensor, int]:
-    starts = sequence_starts(tuple(segments), qkv_R3HC.device)
+def _places(device: torch.device, segments: Sequence[Segment]) -> tuple[Tensor, int]:
+    starts = sequence_starts(tuple(segments), device)
     return starts, max(segment.length for segment in segments)
 
 
-def _varlen(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+def _varlen(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = _places(qkv_R3HC, segments)
-    q, k, v = qkv_R3HC.unbind(1)
-    out = varlen_attn(q, k, v, starts, starts, longest, longest)
+    starts, longest = _places(q_RHC.device, segments)
+    out = varlen_attn(q_RHC, k_RHC, v_RHC, starts, starts, longest, longest)
     assert isinstance(out, Tensor)
     return out
 
 
-def _flash2(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
-    from flash_attn import flash_attn_varlen_qkvpacked_func
+def _flash2(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
 
-    out: Tensor = flash_attn_varlen_qkvpacked_func(qkv_R3HC, *_places(qkv_R3HC, segments))
+    starts, longest = _places(q_RHC.device, segments)
+    out: Tensor = flash_attn_varlen_func(q_RHC, k_RHC, v_RHC, starts, starts, longest, longest)
     return out
 
 
-def _flash3(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+def _flash3(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func
 
-    starts, longest = _places(qkv_R3HC, segments)
-    return _first(flash_attn_varlen_func(*qkv_R3HC.unbind(1), starts, starts, longest, longest))
+    starts, longest = _places(q_RHC.device, segments)
+    return _first(flash_attn_varlen_func(q_RHC, k_RHC, v_RHC, starts, starts, longest, longest))
 
 
-def _flash4(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+def _flash4(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    starts, longest = _places(qkv_R3HC, segments)
+    starts, longest = _places(q_RHC.device, segments)
     return _first(
         flash_attn_varlen_func(
-            *qkv_R3HC.unbind(1), cu_seqlens_q=starts, cu_seqlens_k=starts,
+            q_RHC, k_RHC, v_RHC, cu_seqlens_q=starts, cu_seqlens_k=starts,
             max_seqlen_q=longest, max_seqlen_k=longest,
         )
     )  # fmt: skip
@@ -148,11 +169,11 @@ def _first(answer: Tensor | tuple[Tensor, ...]) -> Tensor:
     return answer[0] if isinstance(answer, tuple) else answer
 
 
-def _xformers(qkv_R3HC: Tensor, segments: Sequence[Segment]) -> Tensor:
+def _xformers(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    q, k, v = (t[None] for t in qkv_R3HC.unbind(1))
-    diagonal = _block_diagonal(tuple(segments), qkv_R3HC.device)
+    q, k, v = (t[None] for t in (q_RHC, k_RHC, v_RHC))
+    diagonal = _block_diagonal(tuple(segments), q_RHC.device)
     out: Tensor = memory_efficient_attention(q, k, v, attn_bias=diagonal)[0]
     return out
 
@@ -167,7 +188,8 @@ def _block_diagonal(segments: tuple[Segment, ...], device: torch.device) -> obje
 
 
 ALL = (
-    Backend("sdpa", _by_segment(F.scaled_dot_product_attention), needs_cuda=False),
+    Backend("sdpa", _by_segment(_sdpa), needs_cuda=False),
+    Backend("cudnn", _by_segment(_cudnn), channels=(8, 128, 8), plans=True),
     Backend("varlen", _varlen),
     Backend("flash2", _flash2, "flash_attn.flash_attn_interface"),
     Backend("flash3", _flash3, "flash_attn_interface", capability=(9, 0), below=(10, 0)),

@@ -1,9 +1,9 @@
 """The pre-norm transformer block: `x += attn(norm1(x)); x += mlp(norm2(x))` (docs/method.md
 section 2).
 
-The modules hold the weights under the released names. On a CPU the arithmetic runs through
-block_cpu.py, which gives the same numbers with fewer passes and saved tensors; elsewhere as it is
-written here.
+The modules hold the weights under the released names. The arithmetic runs through block_cpu.py
+or block_gpu.py, which give the same numbers with fewer passes and saved tensors; where they cannot
+work, as it is written here.
 
 Shapes: R packed rows, D width, H heads, C head channels.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastjepa.model import block_gpu
 from fastjepa.model.attention import attend
 from fastjepa.model.block_compiled import (
     after_attention,
@@ -22,10 +23,11 @@ from fastjepa.model.block_compiled import (
     compiled_halves,
 )
 from fastjepa.model.block_cpu import attention_half, mlp_half, widened
-from fastjepa.model.positions import turn_tiled
+from fastjepa.model.positions import packed_table, turn_tiled
 from fastjepa.model.segments import Segment, SharedRow
 from fastjepa.presets import Rope
 from fastjepa_kernels import rope3d
+from fastjepa_kernels.backend import choose
 
 EPS = 1e-6
 
@@ -88,10 +90,12 @@ class Block(nn.Module):
         linear: type[nn.Linear] = nn.Linear,
     ) -> None:
         super().__init__()
+        plain = linear is nn.Linear and rope == "interleaved"
         self.backend, self.rope = attention, rope
-        # Whether a CPU takes the hand-written halves where they can work; whether what lies around
-        # attention is compiled (block_compiled.py), which leaves no use for them.
-        self.by_hand, self.compiled = linear is nn.Linear, False
+        # Where the hand-written halves can work: on which device they are taken, if any; whether
+        # what lies around attention is compiled (block_compiled.py), which leaves no use for them.
+        self.by_hand: str | None = "auto" if plain else None
+        self.compiled = False
         self.norm1 = LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads, linear)
         self.norm2 = LayerNorm(width, eps=EPS)
@@ -105,29 +109,56 @@ class Block(nn.Module):
         shared: SharedRow | None = None,
     ) -> Tensor:
         """x_RD: [R, D]; tables: for each segment the rows of `rotary_table` in the block's layout,
-        [count or 1, length, C/2, 2] or (tiled) [count or 1, length, C, 2].
+        [count or 1, length, C/2, 2] or (tiled) [count or 1, length, C, 2], or a single one with a
+        row for each of x's (`packed_table`).
 
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
         [R, D].
         """
-        by_hand = self.by_hand and x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa")
-        if by_hand and self.rope == "interleaved" and not self.compiled:
+        way = self._by_hand(x_RD)
+        if way == "cpu":
             x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
             return mlp_half(x_RD, self.norm2, self.mlp)
         if shared:
             x_RD = shared.spread(x_RD)
+        if way == "gpu":
+            table_RC2 = _packed(tables_RC2, segments)
+            x_RD, *qkv_RHC = block_gpu.before_attention(self, x_RD, table_RC2)
+            mixed_RHC = attend(*qkv_RHC, segments, backend=self.backend)
+            return block_gpu.after_attention(self, x_RD, mixed_RHC.flatten(1))
         before, after = compiled_halves() if self.compiled else (before_attention, after_attention)
         mixed_RD = self.attend(before(self, x_RD), tables_RC2, segments)
         return after(self, x_RD, mixed_RD)
+
+    def _by_hand(self, x: Tensor) -> str | None:
+        """Which of the hand-written ways runs, `cpu` or `gpu`."""
+        if self.by_hand != "auto" or self.compiled:
+            return None if self.compiled else self.by_hand
+        if x.device.type == "cpu":
+            return "cpu" if self.backend in ("auto", "sdpa") else None
+        if x.dtype == torch.float64 or torch.compiler.is_compiling():
+            return None
+        return "gpu" if choose("auto", x.device).name == "triton" else None
+
+    def tables(
+        self, x: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
+    ) -> list[Tensor]:
+        """The segments' tables as blocks like this one take them fastest."""
+        if self._by_hand(x) == "cpu":
+            return list(tables_RC2)
+        return [packed_table(tables_RC2, segments)]
 
     def attend(
         self, qkv_R3HC: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
     ) -> Tensor:
         """Rotated queries and keys, and their attention, heads side by side: [R, D]."""
         turn = turn_tiled if self.rope == "tiled" else rope3d
-        turned = [
-            turn(segment.rows(qkv_R3HC), table).flatten(0, 1)
-            for segment, table in zip(segments, tables_RC2, strict=True)
-        ]
-        qkv_R3HC = turned[0] if len(turned) == 1 else torch.cat(turned)
-        return attend(qkv_R3HC, segments, backend=self.backend).flatten(1)
+        qkv_R3HC = turn(qkv_R3HC, _packed(tables_RC2, segments))
+        return attend(*qkv_R3HC.unbind(1), segments, backend=self.backend).flatten(1)
+
+
+def _packed(tables_RC2: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
+    """The table with a row for each packed row, made if it is not there."""
+    if len(tables_RC2) == 1 and tables_RC2[0].ndim == 3:
+        return tables_RC2[0]
+    return packed_table(tables_RC2, segments)

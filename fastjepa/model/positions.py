@@ -3,11 +3,13 @@
 Shapes: N grid tokens, H heads, C head channels. (docs/method.md section 2, rotary positions.)
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from fastjepa.model.segments import Segment
 from fastjepa.presets import Rope
 
 # Height and width are interpolated to the span of the 256 px pretraining grid, whatever the patch.
@@ -34,6 +36,15 @@ def rotary_table(
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return _table(grid, head_dim, patch, interpolate, rope, dtype, like.device)
+
+
+def packed_table(tables: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
+    """The tables [count or 1, length, ...] of segments as one with a row for each packed row."""
+    rows = [
+        table.expand(segment.count, *table.shape[1:]).flatten(0, 1)
+        for table, segment in zip(tables, segments, strict=True)
+    ]
+    return torch.cat(rows)
 
 
 def turn_tiled(qkv_N3HC: Tensor, table_NC2: Tensor) -> Tensor:

@@ -5,13 +5,15 @@ A copy of the package under another name registers ops of its own: nothing colli
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
 
@@ -24,10 +26,12 @@ def custom_op(
     It runs with its tensors' GPU as the current one, which is where Triton launches.
     """
     register = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=tuple(mutates))
-    return lambda function: register(_where_its_tensors_are(function))
+    return lambda function: register(on_their_device(function))
 
 
-def _where_its_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
+def on_their_device(function: Function) -> Function:
+    """The function with its first tensor's GPU as the current one: there Triton launches."""
+
     @functools.wraps(function)
     def there(*arguments: Any, **options: Any) -> Any:
         device = next(_tensors(arguments)).device
@@ -36,7 +40,7 @@ def _where_its_tensors_are(function: Callable[..., Any]) -> Callable[..., Any]:
         with torch.cuda.device(device):
             return function(*arguments, **options)
 
-    return there
+    return there  # type: ignore[return-value]
 
 
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from fastjepa_kernels import rope3d, rope3d_
 from fastjepa_kernels.rope3d import reference
-from fastjepa_kernels.rope3d.op import _rope3d, _rope3d_in_place, as_factor, rotate_into
+from fastjepa_kernels.rope3d.op import (
+    _rope3d,
+    _rope3d_in_place,
+    as_factor,
+    rotate_into,
+    turn_rows_,
+    turned_gradient,
+)
 from fastjepa_kernels.rope3d.reference import rotate
 
 LEADS: list[tuple[int, ...]] = [(), (1,), (3,), (2, 2)]
@@ -124,6 +131,32 @@ def test_the_op_has_the_gradient_of_its_values(in_place: bool) -> None:
     function = lambda x: op(x * 1.0, turn, index)  # noqa: E731
     assert torch.autograd.gradcheck(function, qkv)
     assert torch.autograd.gradgradcheck(function, qkv)
+
+
+@pytest.mark.parametrize(("heads", "channels"), [(1, 6), (3, 32), (5, 48)])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_rows_by_hand_are_the_op_and_its_gradient(
+    rows: int, heads: int, channels: int, backend: str, device: torch.device
+) -> None:
+    turn = table(rows, channels, dtype=torch.float32).to(device)
+    qkv = torch.randn(rows, 3, heads, channels, device=device).bfloat16().requires_grad_()
+    out = rope3d(qkv, turn, backend=backend)
+    by_hand = qkv.detach().clone()
+    assert turn_rows_(by_hand, turn, backend=backend) is by_hand
+    assert torch.equal(by_hand, out)
+    # Of three strides: packed, head by head, and alone.
+    upstream = torch.randn(rows, 3, heads, channels, device=device).bfloat16()
+    dk = upstream[:, 1].transpose(0, 1).contiguous().transpose(0, 1)
+    packed = turned_gradient(upstream[:, 0], dk, upstream[:, 2].contiguous(), turn, backend=backend)
+    assert torch.equal(packed, torch.autograd.grad(out, qkv, upstream)[0])
+
+
+def test_gradients_that_do_not_fit_one_another_are_named() -> None:
+    dq, turn = torch.ones(4, 2, 8), table(4, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"dk: expected torch.float32 \(4, 2, 8\) like dq"):
+        turned_gradient(dq, dq[:3], dq, turn)
+    with pytest.raises(ValueError, match=r"table: expected shape"):
+        turned_gradient(dq, dq, dq, turn[:3])
 
 
 def strided(kind: str, qkv: Tensor) -> Tensor:

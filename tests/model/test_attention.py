@@ -44,7 +44,9 @@ def test_every_backend_is_the_formula_on_each_sequence(
 ) -> None:
     segments = segments_of(sizes)
     qkv = torch.randn(segments[-1].stop, 3, 2, 8, dtype=torch.float64)
-    torch.testing.assert_close(attend(qkv, segments, backend=backend), formula(qkv, sizes))
+    torch.testing.assert_close(
+        attend(*qkv.unbind(1), segments, backend=backend), formula(qkv, sizes)
+    )
 
 
 @pytest.mark.gpu
@@ -63,7 +65,11 @@ def test_on_a_gpu_each_is_at_most_twice_as_far_off_as_the_formula(name: str, cha
 
     def run(dtype: torch.dtype, backend: str) -> tuple[Tensor, Tensor]:
         qkv = exact_in.to(dtype).requires_grad_()
-        out = formula(qkv, sizes) if backend == "exact" else attend(qkv, segments, backend=backend)
+        out = (
+            formula(qkv, sizes)
+            if backend == "exact"
+            else attend(*qkv.unbind(1), segments, backend=backend)
+        )
         (grad,) = torch.autograd.grad(out, qkv, upstream.to(dtype))
         return out.double(), grad.double()
 
@@ -94,7 +100,7 @@ def test_the_faster_one_is_chosen() -> None:
     assert measured(able, qkv, segments_of([(2, 1024)])).name == "sdpa"
 
 
-def broken(qkv_R3HC: Tensor, segments: object) -> Tensor:
+def broken(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: object) -> Tensor:
     raise RuntimeError("no kernel image is available\nfor this card")
 
 
@@ -122,8 +128,25 @@ def test_a_run_measures_a_few_sizes(truncate: bool, monkeypatch: pytest.MonkeyPa
     masks = MaskMaker(VIDEO_GROUPS, (8, 16, 16), 24, seed=0, weigh=False, truncate=truncate)
     for step in range(50):
         segments = segments_of([tuple(index.shape) for index in masks(step).context])
-        attention.fastest(torch.empty(segments[-1].stop, 3, 1, 8), segments)
+        attention.fastest(torch.empty(segments[-1].stop, 1, 8), segments)
     assert 1 <= len(measurements) <= 8
+
+
+def test_what_prepares_itself_for_every_length_is_for_lengths_that_recur(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow = replace(backend_named("math"), name="slow", plans=True)
+    monkeypatch.setattr(attention, "candidates", lambda *_: [slow, backend_named("sdpa")])
+    monkeypatch.setattr(attention, "measured", lambda able, *_: able[0])
+    monkeypatch.setattr(attention, "_fastest", {})
+    monkeypatch.setattr(attention, "_lengths", {})
+
+    def chosen(length: int) -> str:
+        return attention.fastest(torch.empty(length, 1, 8), segments_of([(1, length)])).name
+
+    assert {chosen(8 + step % 8) for step in range(50)} == {"slow"}
+    assert {chosen(8 + step) for step in range(8, 50)} == {"sdpa"}
+    assert chosen(8) == "sdpa"
 
 
 def test_on_a_cpu_there_is_nothing_to_choose() -> None:
@@ -134,12 +157,12 @@ def test_on_a_cpu_there_is_nothing_to_choose() -> None:
 def test_one_that_cannot_run_says_why(name: str) -> None:
     qkv = torch.zeros(2, 3, 1, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=rf"attention: {name} cannot run here: .*(CUDA|installed)"):
-        attend(qkv, segments_of([(1, 2)]), backend=name)
+        attend(*qkv.unbind(1), segments_of([(1, 2)]), backend=name)
 
 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ValueError, match=r"attention: expected one of auto, sdpa, .*got 'quick'"):
-        attend(torch.zeros(2, 3, 1, 8), segments_of([(1, 2)]), backend="quick")
+        attend(*torch.zeros(3, 2, 1, 8), segments_of([(1, 2)]), backend="quick")
 
 
 def test_the_recipe_knows_every_backend() -> None:

@@ -1,4 +1,7 @@
-"""A block: the CPU's hand-written halves against the plain path, and packing."""
+"""A block: the hand-written ways of a CPU and of a GPU against the plain one, and packing.
+
+On a CPU the GPU's way runs with the formulas of its kernels (tests/kernels/test_block_passes.py).
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,11 +17,13 @@ from fastjepa.model.block import Block
 from fastjepa.model.segments import SharedRow, segments_of
 
 WIDTH, HEADS = 24, 2
+BY_HAND = ("cpu", "gpu")
 
 
-def make_block(attention: str, seed: int = 0) -> Block:
+def make_block(way: str, seed: int = 0) -> Block:
     torch.manual_seed(seed)
-    block = Block(WIDTH, HEADS, 40, attention=attention)
+    block = Block(WIDTH, HEADS, 40, attention="math" if way == "plain" else "auto")
+    block.by_hand = None if way == "plain" else way
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.2)
     return block
@@ -36,10 +41,10 @@ def make_input(shapes: Sequence[tuple[int, int]], seed: int = 0) -> tuple[Tensor
 
 
 def run(
-    attention: str, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, *, autocast: bool = False
+    way: str, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, *, autocast: bool = False
 ) -> list[Tensor]:
     """Output, gradient of the input, gradients of all weights, in float64."""
-    block, (x, tables) = make_block(attention).to(dtype), make_input(shapes)
+    block, (x, tables) = make_block(way).to(dtype), make_input(shapes)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x = x.to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -55,21 +60,22 @@ shapes = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 7)), min_size=1, m
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes)
-def test_in_float64_both_paths_are_one(sizes: list[tuple[int, int]]) -> None:
-    ours, plain = (run(attention, sizes, torch.float64) for attention in ("auto", "math"))
+@given(shapes, st.sampled_from(BY_HAND))
+def test_in_float64_all_ways_are_one(sizes: list[tuple[int, int]], way: str) -> None:
+    ours, plain = run(way, sizes, torch.float64), run("plain", sizes, torch.float64)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("sizes", [[(2, 9)], [(3, 5), (3, 11)], [(1, 800)]])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_training_precision_it_is_at_most_twice_as_far_off_as_the_plain_path(
-    sizes: list[tuple[int, int]], autocast: bool
+@pytest.mark.parametrize("way", BY_HAND)
+def test_in_training_precision_it_is_at_most_twice_as_far_off_as_the_plain_way(
+    sizes: list[tuple[int, int]], autocast: bool, way: str
 ) -> None:
-    exact = run("math", sizes, torch.float64)
-    ours = run("auto", sizes, torch.float32, autocast=autocast)
-    plain = run("math", sizes, torch.float32, autocast=autocast)
+    exact = run("plain", sizes, torch.float64)
+    ours = run(way, sizes, torch.float32, autocast=autocast)
+    plain = run("plain", sizes, torch.float32, autocast=autocast)
     unit = 2.0**-8 if autocast else 2.0**-23
     for a, b, truth in zip(ours, plain, exact, strict=True):
         error, error_plain = ((t - truth).norm() for t in (a, b))
@@ -77,11 +83,11 @@ def test_in_training_precision_it_is_at_most_twice_as_far_off_as_the_plain_path(
 
 
 @pytest.mark.parametrize("sizes", [[(2, 9)], [(3, 5), (1, 11)]])
-@pytest.mark.parametrize("attention", ["auto", "math"])
+@pytest.mark.parametrize("way", [*BY_HAND, "plain"])
 def test_a_row_that_sequences_share_need_only_be_given_once(
-    sizes: list[tuple[int, int]], attention: str
+    sizes: list[tuple[int, int]], way: str
 ) -> None:
-    block, (x, tables) = make_block(attention).double(), make_input(sizes)
+    block, (x, tables) = make_block(way).double(), make_input(sizes)
     tables = [table.double() for table in tables]
     segments = segments_of(sizes)
     shared = SharedRow(segments, own=tuple(2 + i for i in range(len(sizes))))
@@ -100,9 +106,10 @@ def test_a_row_that_sequences_share_need_only_be_given_once(
         torch.testing.assert_close(a, b)
 
 
-def test_it_is_the_specifications_formula() -> None:
+@pytest.mark.parametrize("way", BY_HAND)
+def test_it_is_the_specifications_formula(way: str) -> None:
     """x += attn(norm1(x)); x += mlp(norm2(x)), without positions (all angles 0)."""
-    block = make_block("auto").double()
+    block = make_block(way).double()
     x, _ = make_input([(1, 6)])
     x = x.double()
     still = torch.tensor([1.0, 0.0], dtype=torch.float64).expand(1, 6, WIDTH // HEADS // 2, 2)
@@ -116,9 +123,9 @@ def test_it_is_the_specifications_formula() -> None:
     torch.testing.assert_close(out, y)
 
 
-@pytest.mark.parametrize("attention", ["auto", "math"])
-def test_packed_sequences_equal_separate_passes(attention: str) -> None:
-    block = make_block(attention).double()
+@pytest.mark.parametrize("way", [*BY_HAND, "plain"])
+def test_packed_sequences_equal_separate_passes(way: str) -> None:
+    block = make_block(way).double()
     sizes = [(2, 5), (3, 4)]
     x, tables = make_input(sizes)
     x, tables = x.double(), [t.double() for t in tables]
@@ -131,8 +138,9 @@ def test_packed_sequences_equal_separate_passes(attention: str) -> None:
     torch.testing.assert_close(packed, torch.cat(apart))
 
 
-def test_without_gradients_the_numbers_are_the_same() -> None:
-    block, (x, tables) = make_block("auto"), make_input([(2, 9)])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_without_gradients_the_numbers_are_the_same(way: str) -> None:
+    block, (x, tables) = make_block(way), make_input([(2, 9)])
     with torch.no_grad():
         silent = block(x, tables, segments_of([(2, 9)]))
     torch.testing.assert_close(
@@ -140,16 +148,18 @@ def test_without_gradients_the_numbers_are_the_same() -> None:
     )
 
 
-def test_the_input_stays_as_it_is() -> None:
-    block, (x, tables) = make_block("auto"), make_input([(2, 9)])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_the_input_stays_as_it_is(way: str) -> None:
+    block, (x, tables) = make_block(way), make_input([(2, 9)])
     before = x.clone()
     x.requires_grad_()
     block(x, tables, segments_of([(2, 9)])).sum().backward()
     assert torch.equal(x, before)
 
 
-def test_frozen_weights_and_inputs_are_allowed() -> None:
-    block, (x, tables) = make_block("auto"), make_input([(2, 9)])
+@pytest.mark.parametrize("way", BY_HAND)
+def test_frozen_weights_and_inputs_are_allowed(way: str) -> None:
+    block, (x, tables) = make_block(way), make_input([(2, 9)])
     block.requires_grad_(False)
     x.requires_grad_()
     block(x, tables, segments_of([(2, 9)])).sum().backward()
@@ -160,3 +170,41 @@ def test_frozen_weights_and_inputs_are_allowed() -> None:
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match="heads: expected a divisor of width 24, got 5"):
         Block(24, 5, 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("width", "heads"), [(1024, 16), (384, 12), (1408, 22)])
+def test_on_a_gpu_it_is_at_most_twice_as_far_off_as_the_plain_way(
+    width: int, heads: int, stream: torch.dtype
+) -> None:
+    """The kernels at work, in bfloat16 under autocast, on mask groups of unequal lengths."""
+    torch.manual_seed(0)
+    block = Block(width, heads, 4 * width, attention="sdpa").cuda()
+    sizes = [(3, 301), (2, 77)]
+    segments = segments_of(sizes)
+    angle = torch.rand(segments[-1].stop, width // heads // 2, device="cuda")
+    table = torch.stack((angle.cos(), angle.sin()), -1)
+    x = torch.randn(segments[-1].stop, width, device="cuda").to(stream)
+    upstream = torch.randn_like(x)
+
+    def step(way: str | None, dtype: torch.dtype) -> list[Tensor]:
+        block.by_hand = way
+        block.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        leaf = x.to(dtype).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype != torch.float64):
+            own = table.double() if dtype == torch.float64 else table
+            out = block(leaf, [own], segments)
+        grads = torch.autograd.grad(out, [leaf, *block.parameters()], upstream.to(out.dtype))
+        return [t.detach().double() for t in (out, *grads)]
+
+    ours, again, plain, exact = (
+        step(way, dtype)
+        for way, dtype in (
+            ("auto", stream), ("auto", stream), (None, stream), (None, torch.float64),
+        )
+    )  # fmt: skip
+    assert torch.equal(ours[0], again[0])
+    for a, b, truth in zip(ours, plain, exact, strict=True):
+        assert (a - truth).norm() <= 2 * (b - truth).norm() + 2.0**-8 * truth.norm()

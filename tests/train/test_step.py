@@ -315,7 +315,7 @@ def test_micro_batches_packed_into_one_sequence_equal_one_after_the_other(
             for network in (jepa.encoder, jepa.predictor, jepa.target):
                 for block in network.modules():
                     if isinstance(block, Block):
-                        block.by_hand = False
+                        block.by_hand = None
         passes: list[str] = []
         for network in (jepa.encoder, jepa.predictor, jepa.target):
             network.register_forward_hook(partial(note, passes))

@@ -60,6 +60,47 @@ def _turn(
         )  # fmt: skip
 
 
+@triton.jit
+def _turned_back(part_ptr, out_ptr, part_h, out_h, cos_P, sin_P, head_H, in_HC, c_C,
+                 BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    x_HC = tl.load(part_ptr + head_H * part_h + c_C, mask=in_HC, other=0.0)
+    even_HP, odd_HP = tl.split(tl.reshape(x_HC.to(cos_P.dtype), (BLOCK_H, BLOCK_C // 2, 2)))
+    turned_HC = tl.reshape(
+        tl.join(even_HP * cos_P + odd_HP * sin_P, odd_HP * cos_P - even_HP * sin_P),
+        (BLOCK_H, BLOCK_C),
+    )
+    tl.store(out_ptr + head_H * out_h + c_C, turned_HC.to(x_HC.dtype), mask=in_HC)
+
+
+@triton.jit
+def _pack(
+    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr,
+    q_n, q_h, k_n, k_h, v_n, v_h, table_n, out_n, out_3, out_h,
+    HEADS: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    dq_ptr, dk_ptr, dv_ptr, out_ptr = (
+        dq_ptr + n * q_n,
+        dk_ptr + n * k_n,
+        dv_ptr + n * v_n,
+        out_ptr + n * out_n,
+    )
+    c_C = tl.arange(0, BLOCK_C)[None, :]
+    table_C = tl.load(table_ptr + n * table_n + c_C, mask=c_C < C, other=0.0)
+    cos_P, sin_P = tl.split(tl.reshape(table_C, (1, BLOCK_C // 2, 2)))
+    for first in range(0, HEADS, BLOCK_H):
+        head_H = first + tl.arange(0, BLOCK_H)[:, None]
+        in_HC = (head_H < HEADS) & (c_C < C)
+        _turned_back(
+            dq_ptr, out_ptr, q_h, out_h, cos_P, sin_P, head_H, in_HC, c_C, BLOCK_H, BLOCK_C
+        )
+        _turned_back(
+            dk_ptr, out_ptr + out_3, k_h, out_h, cos_P, sin_P, head_H, in_HC, c_C, BLOCK_H, BLOCK_C
+        )
+        v_HC = tl.load(dv_ptr + head_H * v_h + c_C, mask=in_HC, other=0.0)
+        tl.store(out_ptr + 2 * out_3 + head_H * out_h + c_C, v_HC, mask=in_HC)
+
+
 def rope3d(
     x_BN3HC: Tensor,
     table_BMC: Tensor,
@@ -79,6 +120,24 @@ def rope3d(
         INDEXED=index_BN is not None, INVERSE=inverse,
         BLOCK_R=_rows_of_a_tile(heads, block_c), BLOCK_C=block_c, num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+def pack(
+    dq_RHC: Tensor, dk_RHC: Tensor, dv_RHC: Tensor, table_RC: Tensor, out_R3HC: Tensor
+) -> None:
+    """Write dq and dk, turned back, and dv side by side. Channels lie side by side in all."""
+    rows, heads, channels = dq_RHC.shape
+    block_c = triton.next_power_of_2(channels)
+    _pack[(rows,)](
+        dq_RHC, dk_RHC, dv_RHC, table_RC, out_R3HC,
+        *dq_RHC.stride()[:2], *dk_RHC.stride()[:2], *dv_RHC.stride()[:2], table_RC.stride(0),
+        *out_R3HC.stride()[:3], HEADS=heads, C=channels, BLOCK_H=_heads_of_a_tile(heads, block_c),
+        BLOCK_C=block_c, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _heads_of_a_tile(heads: int, block_c: int) -> int:
+    return int(min(max(TILE // block_c, 1), triton.next_power_of_2(heads)))
 
 
 def _rows_of_a_tile(heads: int, block_c: int) -> int:
@@ -117,7 +176,25 @@ def _case(
 HEADS = ((16, 64), (22, 64), (26, 64), (12, 32), (16, 48))
 KINDS = (("forward", 3, False), ("in place", 2, False), ("backward", 3, True))
 
-AHEAD_OF_TIME = [
+
+def _pack_case(heads: int, channels: int) -> Case:
+    strides = ("q_n", "q_h", "k_n", "k_h", "v_n", "v_h", "table_n", "out_n", "out_3", "out_h")
+    pointers = ("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr")
+    block_c = triton.next_power_of_2(channels)
+    signature = {
+        **dict.fromkeys(pointers, "*bf16"), "table_ptr": "*fp32", **dict.fromkeys(strides, "i32"),
+    }  # fmt: skip
+    constants = {
+        "HEADS": heads, "C": channels, "BLOCK_H": _heads_of_a_tile(heads, block_c),
+        "BLOCK_C": block_c,
+    }  # fmt: skip
+    return Case(
+        f"packed gradient {heads}x{channels}", _pack, signature, constants, num_warps=NUM_WARPS,
+        divisible_by_16=(*pointers, "table_ptr", *strides),
+    )  # fmt: skip
+
+
+AHEAD_OF_TIME = [_pack_case(heads, channels) for heads, channels in HEADS] + [
     _case(name, heads, channels, dtype, index, rows, inverse)
     for name, rows, inverse in KINDS
     for heads, channels, dtype, index in (

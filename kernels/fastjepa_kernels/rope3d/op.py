@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backend import Backend, use_triton
 from ..checks import INDEX_DTYPES, check_in_range, check_same_device
-from ..library import custom_op
+from ..library import custom_op, on_their_device
 from ..precision import wide
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -67,6 +67,59 @@ def rope3d_(
         )
     out: Tensor = _InPlace.apply(qkv_N3HC, table_MC2, index_N, backend)  # type: ignore[no-untyped-call]
     return out
+
+
+@on_their_device
+def turn_rows_(qkv_R3HC: Tensor, table_RC2: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """`rope3d_` of rows that share no table row, for forwards written by hand: no graph.
+
+    table_RC2: [R, C/2, 2] beside a qkv [R, 3, H, C] whose channel pairs lie side by side.
+    """
+    _check(qkv_R3HC, table_RC2, None)
+    if len(qkv_R3HC):
+        rows = qkv_R3HC[None]
+        _turn(rows, torch.Size((1,)), table_RC2, None, rows, False, backend)
+    return qkv_R3HC
+
+
+@on_their_device
+def turned_gradient(
+    dq_RHC: Tensor,
+    dk_RHC: Tensor,
+    dv_RHC: Tensor,
+    table_RC2: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The gradient of a packed qkv [R, 3, H, C] from those of turned q, turned k and v [R, H, C].
+
+    table_RC2: [R, C/2, 2], as for `turn_rows_`, whose backward this is: q's and k's are turned back
+    while the three are laid side by side. Raises ValueError for shapes that do not fit.
+    """
+    for name, part in (("dk", dk_RHC), ("dv", dv_RHC)):
+        if part.shape != dq_RHC.shape or part.dtype != dq_RHC.dtype:
+            raise ValueError(
+                f"{name}: expected {dq_RHC.dtype} {tuple(dq_RHC.shape)} like dq, "
+                f"got {part.dtype} {tuple(part.shape)}"
+            )
+    rows, heads, channels = dq_RHC.shape
+    out_R3HC = dq_RHC.new_empty((rows, 3, heads, channels))
+    _check(out_R3HC, table_RC2, None)
+    if rows == 0:
+        return out_R3HC
+    parts = [
+        part if part.stride(-1) == 1 else part.contiguous() for part in (dq_RHC, dk_RHC, dv_RHC)
+    ]
+    if use_triton(backend, dq_RHC):
+        from . import kernel
+
+        kernel.pack(*parts, table_RC2.flatten(-2), out_R3HC)
+        return out_R3HC
+    factor_R1P = as_factor(_paired(table_RC2), inverse=True)[:, None]
+    for number in range(2):
+        rotate_into(_paired(parts[number]), factor_R1P, out_R3HC[:, number])
+    out_R3HC[:, 2].copy_(parts[2])
+    return out_R3HC
 
 
 def as_factor(table_C2: Tensor, *, inverse: bool = False) -> Tensor:

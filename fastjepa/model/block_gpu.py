@@ -1,0 +1,141 @@
+"""A block on a GPU: what lies before attention and what lies behind it, each one autograd node
+written by hand.
+
+Written op by op, a block spends a third of a GPU's time in passes over rows. Here
+- residual and norm are one pass, and in the backward the norm's gradient, the residual's, the
+  norm's output and three sums over the rows are one; GELU's gradient, GELU again and the bias's
+  gradient are one (fastjepa_kernels.block_passes);
+- q and k are rotated where the product wrote them, and their gradients turned back while the three
+  are packed;
+- LayerNorm's and GELU's outputs are made again in the backward, not saved;
+- gradients of weights come out of the products in float32.
+The numbers are those of block.py to rounding. Attention lies between the two, by any backend.
+
+Shapes: R packed rows, D width, H heads, C head channels, F MLP width.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastjepa_kernels.block_passes.op import (
+    add_layer_norm,
+    column_sums,
+    gelu_backward,
+    layer_norm_backward,
+)
+from fastjepa_kernels.rope3d.op import turn_rows_, turned_gradient
+
+if TYPE_CHECKING:
+    from fastjepa.model.block import Block
+
+
+def before_attention(
+    block: "Block", x_RD: Tensor, table_RC2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x itself, and turned q, turned k and v of its norm, each [R, H, C], of one matrix.
+
+    x goes on from here so that its gradients meet in one pass.
+    """
+    norm, attn = block.norm1, block.attn
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _Before.apply(
+        x_RD, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps, attn.heads,
+        table_RC2,
+    )  # type: ignore[no-untyped-call]  # fmt: skip
+    return found
+
+
+def after_attention(block: "Block", x_RD: Tensor, mixed_RD: Tensor) -> Tensor:
+    """`x += proj(mixed); x += fc2(gelu(fc1(norm(x))))`: [R, D]."""
+    norm, proj, mlp = block.norm2, block.attn.proj, block.mlp
+    out: Tensor = _After.apply(
+        x_RD, mixed_RD, proj.weight, proj.bias, norm.weight, norm.bias, mlp.fc1.weight,
+        mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.eps,
+    )  # type: ignore[no-untyped-call]  # fmt: skip
+    return out
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
+    dtype = x_RI.dtype
+    return torch.addmm(bias_O.to(dtype), x_RI, weight_OI.to(dtype).t())
+
+
+def _grad_input(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
+    return dy_RO @ weight_OI.to(dy_RO.dtype)
+
+
+def _grad_weight(dy_RO: Tensor, x_RI: Tensor, dtype: torch.dtype) -> Tensor:
+    """`dy^T x` in the weight's dtype: [O, I]."""
+    if dtype == dy_RO.dtype or dy_RO.device.type != "cuda":
+        return (dy_RO.t() @ x_RI).to(dtype)
+    return torch.mm(dy_RO.t(), x_RI, out_dtype=dtype)
+
+
+class _Before(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD, norm_w, norm_b, qkv_w, qkv_b, eps, heads, table_RC2) -> Any:  # type: ignore[no-untyped-def]
+        dtype = _product_dtype(x_RD)
+        _, n_RD = add_layer_norm(x_RD, None, norm_w, norm_b, eps=eps, dtype=dtype)
+        qkv_R3HC = _linear(n_RD, qkv_w, qkv_b).unflatten(-1, (3, heads, -1))
+        turn_rows_(qkv_R3HC, table_RC2)
+        ctx.save_for_backward(x_RD, norm_w, norm_b, qkv_w, table_RC2)
+        ctx.eps = eps
+        return x_RD, *qkv_R3HC.unbind(1)
+
+    @staticmethod
+    def backward(ctx: Any, dx_RD, dq_RHC, dk_RHC, dv_RHC) -> Any:  # type: ignore[no-untyped-def]
+        x_RD, norm_w, norm_b, qkv_w, table_RC2 = ctx.saved_tensors
+        dqkv = turned_gradient(dq_RHC, dk_RHC, dv_RHC, table_RC2).flatten(1)
+        norm = layer_norm_backward(
+            _grad_input(dqkv, qkv_w), x_RD, dx_RD, norm_w, norm_b, eps=ctx.eps, narrow=False
+        )
+        dqkv_w = _grad_weight(dqkv, norm.normed_RD, qkv_w.dtype)
+        dqkv_b = column_sums(dqkv).to(qkv_w.dtype)
+        dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
+        return norm.dx_RD, *dnorm, dqkv_w, dqkv_b, None, None, None
+
+
+class _After(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x_RD, mixed_RD, proj_w, proj_b, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps
+    ) -> Tensor:
+        dtype = _product_dtype(x_RD)
+        mixed_RD = mixed_RD.to(dtype)
+        x_RD, n_RD = add_layer_norm(
+            x_RD, _linear(mixed_RD, proj_w, proj_b), norm_w, norm_b, eps=eps, dtype=dtype
+        )
+        h_RF = _linear(n_RD, fc1_w, fc1_b)
+        del n_RD
+        if not any(ctx.needs_input_grad):
+            return x_RD.add_(_linear(torch.ops.aten.gelu_(h_RF), fc2_w, fc2_b))
+        ctx.save_for_backward(x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w)
+        ctx.eps = eps
+        return x_RD + _linear(F.gelu(h_RF), fc2_w, fc2_b)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD) -> Any:  # type: ignore[no-untyped-def]
+        x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w = ctx.saved_tensors
+        dy = dy_RD.to(mixed_RD.dtype)
+        dfc2_b = column_sums(dy).to(fc2_w.dtype)
+        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, _grad_input(dy, fc2_w))
+        dfc2_w = _grad_weight(dy, a_RF, fc2_w.dtype)
+        del h_RF, a_RF, dy
+        norm = layer_norm_backward(
+            _grad_input(dh_RF, fc1_w), x_RD, dy_RD, norm_w, norm_b, eps=ctx.eps
+        )
+        dfc1_w = _grad_weight(dh_RF, norm.normed_RD, fc1_w.dtype)
+        del dh_RF
+        dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
+        dmixed_RD = _grad_input(norm.narrow_RD, proj_w)
+        dproj_w = _grad_weight(norm.narrow_RD, mixed_RD, proj_w.dtype)
+        dproj_b = norm.dx_sum_D.to(proj_w.dtype)
+        grads = norm.dx_RD, dmixed_RD, dproj_w, dproj_b, *dnorm
+        return *grads, dfc1_w, dfc1_b.to(fc1_w.dtype), dfc2_w, dfc2_b, None

@@ -1,0 +1,1 @@
+"""The passes over rows between the products of a transformer block."""

@@ -1,0 +1,242 @@
+"""The passes between a block's products, each element read and written once.
+
+A row of a norm is held by one program, which sums over it in registers: no statistics are kept
+between forward and backward. Sums over the rows (gradients of biases and norms) are added up in
+registers by programs that walk over many rows, and their parts in one more, small pass: the order
+is fixed, so two runs give the same bits.
+
+Bytes a row, with e of the products' dtype and s of the residual stream's: `add_norm` reads
+`D (s + e)` and writes as much; `norm_backward` reads `D (e + 2 s)` and writes `D (2 e + s)`;
+`gelu_backward` reads and writes `2 F e`.
+
+Shapes: R rows, D width, F MLP width, P programs.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ahead_of_time import Case
+
+# Programs of a pass that also sums over rows: enough to fill the GPU, few enough that their parts
+# are small beside the rows.
+PROGRAMS = 396
+COLUMNS, ROWS = 256, 8
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _add_norm(
+    x_ptr, delta_ptr, sum_ptr, out_ptr, weight_ptr, bias_ptr, num_rows, eps,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    d_D = tl.arange(0, BLOCK_D)[None, :]
+    inside = (row_R < num_rows) & (d_D < WIDTH)
+    place = row_R * WIDTH + d_D
+    x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if delta_ptr is not None:
+        x_RD += tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        rounded_RD = x_RD.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, rounded_RD, mask=inside)
+        x_RD = rounded_RD.to(tl.float32)
+    unit_RD, _ = _standard(x_RD, d_D, WIDTH, eps)
+    weight_D = tl.load(weight_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
+    bias_D = tl.load(bias_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
+    out_RD = unit_RD * weight_D + bias_D
+    tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _standard(x_RD, d_D, WIDTH: tl.constexpr, eps):
+    mean_R = tl.sum(x_RD, 1, keep_dims=True) / WIDTH
+    centred_RD = tl.where(d_D < WIDTH, x_RD - mean_R, 0.0)
+    inverse_R = 1.0 / tl.sqrt(tl.sum(centred_RD * centred_RD, 1, keep_dims=True) / WIDTH + eps)
+    return centred_RD * inverse_R, inverse_R
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_backward(
+    dn_ptr, x_ptr, residual_ptr, weight_ptr, bias_ptr, dx_ptr, narrow_ptr, out_ptr, parts_ptr,
+    num_rows, eps,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    d_D = tl.arange(0, BLOCK_D)[None, :]
+    in_D = d_D < WIDTH
+    weight_D = tl.load(weight_ptr + d_D, mask=in_D, other=0.0).to(tl.float32)
+    bias_D = tl.load(bias_ptr + d_D, mask=in_D, other=0.0).to(tl.float32)
+    dweight_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    dbias_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    dx_sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    step = tl.num_programs(0) * BLOCK_R
+    for start in range(tl.program_id(0) * BLOCK_R, num_rows, step):
+        row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
+        inside = (row_R < num_rows) & in_D
+        place = row_R * WIDTH + d_D
+        x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        dn_RD = tl.load(dn_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        residual_RD = tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        unit_RD, inverse_R = _standard(x_RD, d_D, WIDTH, eps)
+        out_RD = unit_RD * weight_D + bias_D
+        tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
+        dweight_RD += dn_RD * unit_RD
+        dbias_RD += dn_RD
+        scaled_RD = dn_RD * weight_D
+        along_R = tl.sum(scaled_RD * unit_RD, 1, keep_dims=True) / WIDTH
+        mean_R = tl.sum(scaled_RD, 1, keep_dims=True) / WIDTH
+        dx_RD = (scaled_RD - mean_R - unit_RD * along_R) * inverse_R + residual_RD
+        dx_RD = tl.where(in_D, dx_RD, 0.0)
+        tl.store(dx_ptr + place, dx_RD.to(dx_ptr.dtype.element_ty), mask=inside)
+        if narrow_ptr is not None:
+            tl.store(narrow_ptr + place, dx_RD.to(narrow_ptr.dtype.element_ty), mask=inside)
+        dx_sum_RD += tl.where(row_R < num_rows, dx_RD, 0.0)
+    part_D = parts_ptr + tl.program_id(0).to(tl.int64) * 3 * WIDTH + tl.arange(0, BLOCK_D)
+    in_row = tl.arange(0, BLOCK_D) < WIDTH
+    tl.store(part_D, tl.sum(dweight_RD, 0), mask=in_row)
+    tl.store(part_D + WIDTH, tl.sum(dbias_RD, 0), mask=in_row)
+    tl.store(part_D + 2 * WIDTH, tl.sum(dx_sum_RD, 0), mask=in_row)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gelu_backward(
+    h_ptr, da_ptr, a_ptr, parts_ptr, num_rows,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    sum_RF = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
+    step = tl.num_programs(1) * BLOCK_R
+    for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
+        row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
+        inside = (row_R < num_rows) & (f_F < WIDTH)[None, :]
+        place = row_R * WIDTH + f_F[None, :]
+        h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        da_RF = tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        below_RF = 0.5 + 0.5 * tl.erf(h_RF * 0.7071067811865476)
+        density_RF = 0.3989422804014327 * tl.exp(-0.5 * h_RF * h_RF)
+        dh_RF = da_RF * (below_RF + h_RF * density_RF)
+        tl.store(a_ptr + place, (h_RF * below_RF).to(a_ptr.dtype.element_ty), mask=inside)
+        tl.store(da_ptr + place, dh_RF.to(da_ptr.dtype.element_ty), mask=inside)
+        sum_RF += dh_RF
+    part_F = parts_ptr + tl.program_id(1).to(tl.int64) * WIDTH + f_F
+    tl.store(part_F, tl.sum(sum_RF, 0), mask=f_F < WIDTH)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _column_sums(
+    x_ptr, parts_ptr, num_rows,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    sum_RF = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
+    step = tl.num_programs(1) * BLOCK_R
+    for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
+        row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
+        inside = (row_R < num_rows) & (f_F < WIDTH)[None, :]
+        x_RF = tl.load(x_ptr + row_R * WIDTH + f_F[None, :], mask=inside, other=0.0)
+        sum_RF += x_RF.to(tl.float32)
+    part_F = parts_ptr + tl.program_id(1).to(tl.int64) * WIDTH + f_F
+    tl.store(part_F, tl.sum(sum_RF, 0), mask=f_F < WIDTH)
+
+
+def _row_shape(width: int) -> dict[str, int]:
+    """Rows and channels of a program's tile and its warps: 8 numbers a thread."""
+    block_d = triton.next_power_of_2(width)
+    block_r = max(1, 1024 // block_d)
+    return {
+        "BLOCK_R": block_r, "BLOCK_D": block_d,
+        "num_warps": min(16, max(1, block_r * block_d // 256)),
+    }  # fmt: skip
+
+
+def add_norm(
+    x_RD: Tensor, delta_RD: Tensor | None, sum_RD: Tensor | None, out_RD: Tensor, weight_D: Tensor,
+    bias_D: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Write `x + delta`, unless there is no delta, and its norm."""
+    rows, width = x_RD.shape
+    shape = _row_shape(width)
+    _add_norm[(triton.cdiv(rows, shape["BLOCK_R"]),)](
+        x_RD, delta_RD, sum_RD, out_RD, weight_D, bias_D, rows, eps, WIDTH=width, **shape
+    )
+
+
+def norm_backward(
+    dn_RD: Tensor, x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, bias_D: Tensor,
+    dx_RD: Tensor, narrow_RD: Tensor | None, out_RD: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """Write x's gradient, in a second dtype too if asked for, and the norm's output; return the
+    sums over rows [3, D]: gradients of weight and bias, and of x's gradient itself."""
+    rows, width = x_RD.shape
+    shape = _row_shape(width)
+    programs = min(PROGRAMS, triton.cdiv(rows, shape["BLOCK_R"]))
+    parts = x_RD.new_empty((programs, 3, width), dtype=torch.float32)
+    _norm_backward[(programs,)](
+        dn_RD, x_RD, residual_RD, weight_D, bias_D, dx_RD, narrow_RD, out_RD, parts, rows, eps,
+        WIDTH=width, **shape,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+def _tiles(rows: int, width: int) -> tuple[int, int]:
+    """Programs over columns, and over rows."""
+    across = triton.cdiv(width, COLUMNS)
+    return across, min(triton.cdiv(rows, ROWS), max(1, 2 * PROGRAMS // across))
+
+
+def gelu_backward(h_RF: Tensor, da_RF: Tensor, a_RF: Tensor) -> Tensor:
+    """Write gelu(h) to `a` and h's gradient over `da`; return the gradient's sums [F]."""
+    rows, width = h_RF.shape
+    grid = _tiles(rows, width)
+    parts = h_RF.new_empty((grid[1], width), dtype=torch.float32)
+    _gelu_backward[grid](
+        h_RF, da_RF, a_RF, parts, rows, WIDTH=width, BLOCK_R=ROWS, BLOCK_F=COLUMNS, num_warps=8
+    )
+    return parts.sum(0)
+
+
+def column_sums(x_RF: Tensor) -> Tensor:
+    """Sums over the rows [F] in float32."""
+    rows, width = x_RF.shape
+    grid = _tiles(rows, width)
+    parts = x_RF.new_empty((grid[1], width), dtype=torch.float32)
+    _column_sums[grid](x_RF, parts, rows, WIDTH=width, BLOCK_R=ROWS, BLOCK_F=COLUMNS, num_warps=8)
+    return parts.sum(0)
+
+
+def _cases() -> Iterator[Case]:
+    # ViT-L, ViT-g, ViT-G and the predictor; the residual stream is float32 in the predictor.
+    for name, width, stream in (
+        ("ViT-L", 1024, "bf16"), ("ViT-g", 1408, "bf16"), ("ViT-G", 1664, "bf16"),
+        ("predictor", 384, "fp32"),
+    ):  # fmt: skip
+        shape = _row_shape(width)
+        warps = shape.pop("num_warps")
+        constants = {"WIDTH": width, **shape}
+        rows = {"num_rows": "i32", "eps": "fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32"}
+        pointers = {"x_ptr": f"*{stream}", "out_ptr": "*bf16"}
+        alone = {"delta_ptr": None, "sum_ptr": None}
+        yield Case(
+            f"add norm {name}", _add_norm,
+            {**pointers, **rows, "delta_ptr": "*bf16", "sum_ptr": f"*{stream}"}, constants, warps,
+        )  # fmt: skip
+        yield Case(f"norm {name}", _add_norm, {**pointers, **rows}, {**constants, **alone}, warps)
+        yield Case(
+            f"norm backward {name}", _norm_backward,
+            {
+                **pointers, **rows, "dn_ptr": "*bf16", "residual_ptr": f"*{stream}",
+                "dx_ptr": f"*{stream}", "parts_ptr": "*fp32",
+                **({"narrow_ptr": "*bf16"} if stream == "fp32" else {}),
+            },
+            constants if stream == "fp32" else {**constants, "narrow_ptr": None},
+            warps,
+        )  # fmt: skip
+        tile = {"WIDTH": 4 * width, "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}
+        wide = {"h_ptr": "*bf16", "da_ptr": "*bf16", "a_ptr": "*bf16", "parts_ptr": "*fp32"}
+        yield Case(f"GELU backward {name}", _gelu_backward, {**wide, "num_rows": "i32"}, tile, 8)
+        sums = {"x_ptr": "*bf16", "parts_ptr": "*fp32", "num_rows": "i32"}
+        yield Case(f"column sums {name}", _column_sums, sums, tile, 8)
+
+
+AHEAD_OF_TIME = list(_cases())

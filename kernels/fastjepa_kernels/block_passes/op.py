@@ -1,0 +1,150 @@
+"""What lies between a block's products, for forwards and backwards written by hand.
+
+None of these is differentiable: they are the pieces of an autograd function (fastjepa's
+model/block_gpu.py is one). On a GPU each is one kernel (kernel.py), but for the sums of few rows;
+elsewhere the formula (reference.py).
+
+Shapes: R rows, D width, F MLP width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, use_triton
+from ..checks import check_same_device
+from ..library import on_their_device
+from ..precision import wide
+from . import reference
+
+
+class NormGradients(NamedTuple):
+    """What `layer_norm_backward` gives. `dx_RD` is in the residual's dtype, `narrow_RD` the same
+    in that of the norm's output if asked for, `normed_RD` that output again; sums are float32 at
+    least."""
+
+    dx_RD: Tensor
+    narrow_RD: Tensor
+    normed_RD: Tensor
+    dweight_D: Tensor
+    dbias_D: Tensor
+    dx_sum_D: Tensor
+
+
+@on_their_device
+def add_layer_norm(
+    x_RD: Tensor,
+    delta_RD: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`s = x + delta` in x's dtype and `norm(s)` in `dtype`, both [R, D]; s is x without a delta.
+
+    Statistics in float32 (float64 for float64 x). Raises ValueError for shapes or devices that do
+    not fit. (docs/method.md section 2.)
+    """
+    _check_rows(x_RD, delta=delta_RD)
+    _check_norm(x_RD, weight_D, bias_D)
+    if not _by_kernel(backend, x_RD):
+        return reference.add_layer_norm(x_RD, delta_RD, weight_D, bias_D, eps, dtype)
+    from . import kernel
+
+    x_RD = x_RD.contiguous()
+    sum_RD = None if delta_RD is None else torch.empty_like(x_RD)
+    normed_RD = torch.empty_like(x_RD, dtype=dtype)
+    if len(x_RD):
+        delta_RD = None if delta_RD is None else delta_RD.contiguous()
+        kernel.add_norm(x_RD, delta_RD, sum_RD, normed_RD, weight_D, bias_D, eps)
+    return x_RD if sum_RD is None else sum_RD, normed_RD
+
+
+@on_their_device
+def layer_norm_backward(
+    dn_RD: Tensor,
+    x_RD: Tensor,
+    residual_RD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *,
+    eps: float,
+    narrow: bool = True,
+    backend: Backend = "auto",
+) -> NormGradients:
+    """Gradients of `norm(x)` for dn [R, D]; `residual` [R, D], x's gradient by other ways, is
+    added to x's. Without `narrow` x's gradient is in the residual's dtype alone. Raises ValueError
+    as `add_layer_norm` does."""
+    _check_rows(x_RD, dn=dn_RD, residual=residual_RD)
+    _check_norm(x_RD, weight_D, bias_D)
+    if len(x_RD) == 0 or not _by_kernel(backend, x_RD):
+        found = reference.layer_norm_backward(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps)
+        return NormGradients(*found)
+    from . import kernel
+
+    dx_RD = torch.empty_like(residual_RD, memory_format=torch.contiguous_format)
+    second = narrow and dx_RD.dtype != dn_RD.dtype
+    narrow_RD = torch.empty_like(dx_RD, dtype=dn_RD.dtype) if second else None
+    normed_RD = torch.empty_like(dx_RD, dtype=dn_RD.dtype)
+    sums = kernel.norm_backward(
+        dn_RD.contiguous(), x_RD.contiguous(), residual_RD.contiguous(), weight_D, bias_D, dx_RD,
+        narrow_RD, normed_RD, eps,
+    )  # fmt: skip
+    return NormGradients(dx_RD, dx_RD if narrow_RD is None else narrow_RD, normed_RD, *sums)
+
+
+@on_their_device
+def gelu_backward(
+    h_RF: Tensor, da_RF: Tensor, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For `a = gelu(h)`, exact: h's gradient [R, F], which overwrites `da`; a again, in h's dtype;
+    the gradient's sum over rows [F], float32 at least. Raises ValueError for shapes or devices
+    that do not fit, and for a `da` that is not contiguous."""
+    _check_rows(h_RF, da=da_RF)
+    if not da_RF.is_contiguous():
+        raise ValueError(f"da: expected a contiguous tensor, got strides {da_RF.stride()}")
+    if len(h_RF) == 0 or not _by_kernel(backend, h_RF):
+        dh_RF, a_RF, sum_F = reference.gelu_backward(h_RF, da_RF)
+        return da_RF.copy_(dh_RF), a_RF, sum_F
+    from . import kernel
+
+    h_RF = h_RF.contiguous()
+    a_RF = torch.empty_like(h_RF)
+    sum_F = kernel.gelu_backward(h_RF, da_RF, a_RF)
+    return da_RF, a_RF, sum_F
+
+
+@on_their_device
+def column_sums(x_RF: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Sums of x [R, F] over its rows: [F], float32 at least. Raises ValueError for other shapes."""
+    _check_rows(x_RF)
+    if len(x_RF) == 0 or not _by_kernel(backend, x_RF):
+        return reference.column_sums(x_RF)
+    from . import kernel
+
+    return kernel.column_sums(x_RF.contiguous())
+
+
+def _by_kernel(backend: Backend, x: Tensor) -> bool:
+    if wide(x.dtype) == torch.float64:  # the kernels compute in float32
+        return False
+    return use_triton(backend, x)
+
+
+def _check_rows(x: Tensor, **beside: Tensor | None) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"rows: expected [R, D], got {tuple(x.shape)}")
+    for name, tensor in beside.items():
+        if tensor is not None and tensor.shape != x.shape:
+            raise ValueError(f"{name}: expected {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    check_same_device(rows=x, **beside)
+
+
+def _check_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor) -> None:
+    for name, tensor in (("weight", weight_D), ("bias", bias_D)):
+        if tensor.shape != x_RD.shape[1:]:
+            raise ValueError(f"{name}: expected [{x_RD.shape[1]}], got {tuple(tensor.shape)}")
+    check_same_device(rows=x_RD, weight=weight_D, bias=bias_D)
