@@ -38,14 +38,16 @@ class Timed:
     losses: list[float] = field(default_factory=list)
 
 
-def in_turn(sides: Mapping[str, Step], batches: Sequence[ClipAndMasks]) -> dict[str, Timed]:
-    """Each side's step on each batch; on the first, which warms up, the loss alone counts."""
+def in_turn(
+    sides: Mapping[str, Step], batches: Sequence[ClipAndMasks], warm_up: int
+) -> dict[str, Timed]:
+    """Each side's step on each batch; of the first `warm_up` the loss alone counts."""
     found = {name: Timed() for name in sides}
     for number, (clip, masks) in enumerate(batches):
         for name, step in sides.items():
             begin, used = time.perf_counter(), time.process_time()
             loss = step(clip, masks)  # a float: the device has done its work
-            if number:
+            if number >= warm_up:
                 found[name].processor.append(time.process_time() - used)
                 found[name].rounds.append(time.perf_counter() - begin)
             found[name].losses.append(loss)

@@ -87,7 +87,16 @@ class Model(Sizes):
     checkpointing: bool = False
     keep_attention: bool = False
     attention: Literal[
-        "auto", "sdpa", "cudnn", "varlen", "flash2", "flash3", "flash4", "xformers", "math"
+        "auto",
+        "sdpa",
+        "cudnn",
+        "triton",
+        "varlen",
+        "flash2",
+        "flash3",
+        "flash4",
+        "xformers",
+        "math",
     ] = "auto"
     predictor: Predictor = Predictor()
 

@@ -24,7 +24,7 @@ BACKENDS = ("auto", *(backend.name for backend in ALL))
 _STEP = 256
 _ROUNDS = 5
 # Lengths for which a backend may prepare itself; more than these are those of changing masks.
-_PLANS = 8
+_PLANS = 4
 
 _Size = tuple[object, ...]
 _fastest: dict[_Size, Backend] = {}

@@ -27,7 +27,7 @@ Run = Callable[[Tensor, Tensor, Tensor, Sequence[Segment]], Tensor]
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to attend; `run` takes q, k and v [R, H, C] to [R, H, C]. `module` is what it imports.
+    """One way to attend; `run` takes q, k and v [R, H, C] to [R, H, C]. It imports `module`.
 
     It is built for GPUs of a compute capability of `capability` or more, but less than `below`.
     `plans`: it prepares itself for every new length, which takes longer than a step can spare.
@@ -137,6 +137,12 @@ def _varlen(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segm
     return out
 
 
+def _triton(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
+    from fastjepa_kernels import packed_attention
+
+    return packed_attention(q_RHC, k_RHC, v_RHC, *_places(q_RHC.device, segments))
+
+
 def _flash2(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
@@ -190,6 +196,7 @@ def _block_diagonal(segments: tuple[Segment, ...], device: torch.device) -> obje
 ALL = (
     Backend("sdpa", _by_segment(_sdpa), needs_cuda=False),
     Backend("cudnn", _by_segment(_cudnn), channels=(8, 128, 8), plans=True),
+    Backend("triton", _triton, "triton", channels=(16, 128, 8)),
     Backend("varlen", _varlen),
     Backend("flash2", _flash2, "flash_attn.flash_attn_interface"),
     Backend("flash3", _flash3, "flash_attn_interface", capability=(9, 0), below=(10, 0)),

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
     column_sums,
+    gelu,
     gelu_backward,
     layer_norm_backward,
 )
@@ -63,12 +63,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 def _linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    dtype = x_RI.dtype
-    return torch.addmm(bias_O.to(dtype), x_RI, weight_OI.to(dtype).t())
-
-
-def _grad_input(dy_RO: Tensor, weight_OI: Tensor) -> Tensor:
-    return dy_RO @ weight_OI.to(dy_RO.dtype)
+    return torch.addmm(bias_O.to(x_RI.dtype), x_RI, weight_OI.t())
 
 
 def _grad_weight(dy_RO: Tensor, x_RI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,21 +78,23 @@ class _Before(torch.autograd.Function):
     def forward(ctx: Any, x_RD, norm_w, norm_b, qkv_w, qkv_b, eps, heads, table_RC2) -> Any:  # type: ignore[no-untyped-def]
         dtype = _product_dtype(x_RD)
         _, n_RD = add_layer_norm(x_RD, None, norm_w, norm_b, eps=eps, dtype=dtype)
-        qkv_R3HC = _linear(n_RD, qkv_w, qkv_b).unflatten(-1, (3, heads, -1))
+        weight = qkv_w.to(dtype)
+        qkv_R3HC = _linear(n_RD, weight, qkv_b).unflatten(-1, (3, heads, -1))
         turn_rows_(qkv_R3HC, table_RC2)
-        ctx.save_for_backward(x_RD, norm_w, norm_b, qkv_w, table_RC2)
-        ctx.eps = eps
+        # The weight as the product took it: under ZeRO, whose weights are narrow, that is itself.
+        ctx.save_for_backward(x_RD, norm_w, norm_b, weight, table_RC2)
+        ctx.eps, ctx.dtype = eps, qkv_w.dtype
         return x_RD, *qkv_R3HC.unbind(1)
 
     @staticmethod
     def backward(ctx: Any, dx_RD, dq_RHC, dk_RHC, dv_RHC) -> Any:  # type: ignore[no-untyped-def]
-        x_RD, norm_w, norm_b, qkv_w, table_RC2 = ctx.saved_tensors
+        x_RD, norm_w, norm_b, weight, table_RC2 = ctx.saved_tensors
         dqkv = turned_gradient(dq_RHC, dk_RHC, dv_RHC, table_RC2).flatten(1)
         norm = layer_norm_backward(
-            _grad_input(dqkv, qkv_w), x_RD, dx_RD, norm_w, norm_b, eps=ctx.eps, narrow=False
+            dqkv @ weight, x_RD, dx_RD, norm_w, norm_b, eps=ctx.eps, narrow=False
         )
-        dqkv_w = _grad_weight(dqkv, norm.normed_RD, qkv_w.dtype)
-        dqkv_b = column_sums(dqkv).to(qkv_w.dtype)
+        dqkv_w = _grad_weight(dqkv, norm.normed_RD, ctx.dtype)
+        dqkv_b = column_sums(dqkv).to(ctx.dtype)
         dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
         return norm.dx_RD, *dnorm, dqkv_w, dqkv_b, None, None, None
 
@@ -108,34 +105,32 @@ class _After(torch.autograd.Function):
         ctx: Any, x_RD, mixed_RD, proj_w, proj_b, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps
     ) -> Tensor:
         dtype = _product_dtype(x_RD)
+        ctx.eps, ctx.dtype = eps, proj_w.dtype
         mixed_RD = mixed_RD.to(dtype)
+        proj_w, fc1_w, fc2_w = proj_w.to(dtype), fc1_w.to(dtype), fc2_w.to(dtype)
         x_RD, n_RD = add_layer_norm(
             x_RD, _linear(mixed_RD, proj_w, proj_b), norm_w, norm_b, eps=eps, dtype=dtype
         )
         h_RF = _linear(n_RD, fc1_w, fc1_b)
         del n_RD
         if not any(ctx.needs_input_grad):
-            return x_RD.add_(_linear(torch.ops.aten.gelu_(h_RF), fc2_w, fc2_b))
+            return x_RD.add_(_linear(gelu(h_RF, overwrite=True), fc2_w, fc2_b))
         ctx.save_for_backward(x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w)
-        ctx.eps = eps
-        return x_RD + _linear(F.gelu(h_RF), fc2_w, fc2_b)
+        return x_RD + _linear(gelu(h_RF), fc2_w, fc2_b)
 
     @staticmethod
     def backward(ctx: Any, dy_RD) -> Any:  # type: ignore[no-untyped-def]
         x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w = ctx.saved_tensors
         dy = dy_RD.to(mixed_RD.dtype)
-        dfc2_b = column_sums(dy).to(fc2_w.dtype)
-        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, _grad_input(dy, fc2_w))
-        dfc2_w = _grad_weight(dy, a_RF, fc2_w.dtype)
+        dfc2_b = column_sums(dy).to(ctx.dtype)
+        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, dy @ fc2_w)
+        dfc2_w = _grad_weight(dy, a_RF, ctx.dtype)
         del h_RF, a_RF, dy
-        norm = layer_norm_backward(
-            _grad_input(dh_RF, fc1_w), x_RD, dy_RD, norm_w, norm_b, eps=ctx.eps
-        )
-        dfc1_w = _grad_weight(dh_RF, norm.normed_RD, fc1_w.dtype)
+        norm = layer_norm_backward(dh_RF @ fc1_w, x_RD, dy_RD, norm_w, norm_b, eps=ctx.eps)
+        dfc1_w = _grad_weight(dh_RF, norm.normed_RD, ctx.dtype)
         del dh_RF
         dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
-        dmixed_RD = _grad_input(norm.narrow_RD, proj_w)
-        dproj_w = _grad_weight(norm.narrow_RD, mixed_RD, proj_w.dtype)
-        dproj_b = norm.dx_sum_D.to(proj_w.dtype)
-        grads = norm.dx_RD, dmixed_RD, dproj_w, dproj_b, *dnorm
-        return *grads, dfc1_w, dfc1_b.to(fc1_w.dtype), dfc2_w, dfc2_b, None
+        dmixed_RD = norm.narrow_RD @ proj_w
+        dproj_w = _grad_weight(norm.narrow_RD, mixed_RD, ctx.dtype)
+        grads = norm.dx_RD, dmixed_RD, dproj_w, norm.dx_sum_D.to(ctx.dtype), *dnorm
+        return *grads, dfc1_w, dfc1_b.to(ctx.dtype), dfc2_w, dfc2_b, None

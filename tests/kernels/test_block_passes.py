@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
     column_sums,
+    gelu,
     gelu_backward,
     layer_norm_backward,
 )
@@ -96,7 +97,10 @@ def test_gelu_and_its_gradient(
     leaf = h.double().requires_grad_()
     exact = F.gelu(leaf)
     (slope,) = torch.autograd.grad(exact, leaf, da.double())
-    given_da = da.clone()
+    close(gelu(h, backend=backend), exact.detach(), dtype)  # type: ignore[arg-type]
+    given_h, given_da = h.clone(), da.clone()
+    assert gelu(given_h, overwrite=True, backend=backend) is given_h  # type: ignore[arg-type]
+    close(given_h, exact.detach(), dtype)
     dh, a, sums = gelu_backward(h, given_da, backend=backend)  # type: ignore[arg-type]
     assert dh is given_da
     close(dh, slope, dtype)
@@ -141,5 +145,7 @@ def test_what_does_not_fit_is_named() -> None:
         add_layer_norm(x, None, weight[:7], weight, eps=EPS, dtype=HALF)
     with pytest.raises(ValueError, match=r"da: expected a contiguous tensor"):
         gelu_backward(torch.ones(8, 4), x.t())
+    with pytest.raises(ValueError, match=r"h: expected a contiguous tensor"):
+        gelu(x.t(), overwrite=True)
     with pytest.raises(ValueError, match=r"rows: expected \[R, D\], got \(8,\)"):
         column_sums(weight)

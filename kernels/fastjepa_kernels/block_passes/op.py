@@ -97,10 +97,28 @@ def layer_norm_backward(
 
 
 @on_their_device
+def gelu(h_RF: Tensor, *, overwrite: bool = False, backend: Backend = "auto") -> Tensor:
+    """`gelu(h)` [R, F] in h's dtype, exact to that dtype's rounding; `overwrite` writes it over h,
+    which must be contiguous then. Raises ValueError for other shapes and strides."""
+    _check_rows(h_RF)
+    if overwrite and not h_RF.is_contiguous():
+        raise ValueError(f"h: expected a contiguous tensor, got strides {h_RF.stride()}")
+    if len(h_RF) == 0 or not _by_kernel(backend, h_RF):
+        a_RF = reference.gelu(h_RF)
+        return h_RF.copy_(a_RF) if overwrite else a_RF
+    from . import kernel
+
+    h_RF = h_RF.contiguous()
+    a_RF = h_RF if overwrite else torch.empty_like(h_RF)
+    kernel.gelu(h_RF, a_RF)
+    return a_RF
+
+
+@on_their_device
 def gelu_backward(
     h_RF: Tensor, da_RF: Tensor, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For `a = gelu(h)`, exact: h's gradient [R, F], which overwrites `da`; a again, in h's dtype;
+    """For `a = gelu(h)`: h's gradient [R, F], which overwrites `da`; a again, in h's dtype;
     the gradient's sum over rows [F], float32 at least. Raises ValueError for shapes or devices
     that do not fit, and for a `da` that is not contiguous."""
     _check_rows(h_RF, da=da_RF)

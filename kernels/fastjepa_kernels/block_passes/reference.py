@@ -37,6 +37,12 @@ def layer_norm_backward(
     return dx_RD.to(residual_RD.dtype), dx_RD.to(dn_RD.dtype), normed_RD.to(dn_RD.dtype), *sums
 
 
+def gelu(h_RF: Tensor) -> Tensor:
+    """`h` times the normal distribution's mass below it."""
+    h = h_RF.to(wide(h_RF.dtype))
+    return (h * 0.5 * (1 + torch.erf(h * 0.5**0.5))).to(h_RF.dtype)
+
+
 def gelu_backward(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of h where `a = gelu(h)`, exact; a once more; and the sum of the gradient [F]."""
     h, da = h_RF.to(wide(h_RF.dtype)), da_RF.to(wide(h_RF.dtype))
