@@ -9,6 +9,7 @@ from .dense_l1.linear import linear_dense_l1
 from .dense_l1.op import dense_l1
 from .ema.op import ema_update
 from .mask_distance.op import mask_distance, mask_distance_jagged
+from .packed_attention.op import packed_attention
 from .packing import packed_rows
 from .rope3d.op import rope3d, rope3d_
 from .tokens.op import Assembled, assemble_tokens, gather_tokens
@@ -22,6 +23,7 @@ __all__ = [
     "linear_dense_l1",
     "mask_distance",
     "mask_distance_jagged",
+    "packed_attention",
     "packed_rows",
     "rope3d",
     "rope3d_",

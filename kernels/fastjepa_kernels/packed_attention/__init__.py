@@ -1,0 +1,1 @@
+"""Exact attention within sequences of any lengths that lie packed behind one another."""
