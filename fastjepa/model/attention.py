@@ -45,7 +45,9 @@ def attend(
     Backends are those of attention_backends.py; `auto` takes the fastest here. Raises ValueError
     for another name, and for one that cannot take these inputs on their device.
     """
-    chosen = fastest(q_RHC, segments) if backend == "auto" else backend_named(backend)
+    if backend == "auto":
+        return fastest(q_RHC, segments).run(q_RHC, k_RHC, v_RHC, segments)
+    chosen = backend_named(backend)
     refusal = chosen.refusal(q_RHC.device, q_RHC.dtype, q_RHC.shape[-1])
     if refusal is not None:
         raise ValueError(f"attention: {chosen.name} cannot run here: {refusal}")
@@ -75,25 +77,30 @@ def fastest(q_RHC: Tensor, segments: Sequence[Segment]) -> Backend:
     One that prepares itself for every length is left out once there have been too many.
     """
     device, (_, heads, channels) = q_RHC.device, q_RHC.shape
-    able = candidates(device, q_RHC.dtype, channels)
-    if len(able) == 1:
-        return able[0]
     grad = torch.is_grad_enabled() and q_RHC.requires_grad
     kind = device, q_RHC.dtype, heads, channels, grad
     seen = _lengths.setdefault(kind, set())
     if len(seen) <= _PLANS:
         seen.add(tuple(segments))
-    if len(seen) > _PLANS:
-        able = [backend for backend in able if not backend.plans]
-    size = *kind, len(seen) > _PLANS, *_size(segments)
+    plans = len(seen) <= _PLANS
+    size = *kind, plans, *_size(segments)
     if size not in _fastest:
-        with _unwatched():
-            like = torch.randn(
-                (len(q_RHC), 3, heads, channels), dtype=q_RHC.dtype, device=device,
-                generator=torch.Generator(device).manual_seed(0),
-            ).requires_grad_(grad)  # fmt: skip
-            _fastest[size] = measured(able, like, segments)
+        able = candidates(device, q_RHC.dtype, channels)
+        able = [backend for backend in able if plans or not backend.plans]
+        _fastest[size] = able[0] if len(able) == 1 else _measured_here(able, q_RHC, segments, grad)
     return _fastest[size]
+
+
+def _measured_here(
+    able: Sequence[Backend], q_RHC: Tensor, segments: Sequence[Segment], grad: bool
+) -> Backend:
+    rows, heads, channels = q_RHC.shape
+    with _unwatched():
+        like = torch.randn(
+            (rows, 3, heads, channels), dtype=q_RHC.dtype, device=q_RHC.device,
+            generator=torch.Generator(q_RHC.device).manual_seed(0),
+        ).requires_grad_(grad)  # fmt: skip
+        return measured(able, like, segments)
 
 
 def _size(segments: Sequence[Segment]) -> _Size:

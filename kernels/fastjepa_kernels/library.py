@@ -35,7 +35,7 @@ def on_their_device(function: Function) -> Function:
     @functools.wraps(function)
     def there(*arguments: Any, **options: Any) -> Any:
         device = next(_tensors(arguments)).device
-        if device.type != "cuda":
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(*arguments, **options)
         with torch.cuda.device(device):
             return function(*arguments, **options)

@@ -46,7 +46,9 @@ def values_and_gradients(
     return out.detach(), grad
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     lengths=st.lists(
         st.one_of(st.integers(0, 50), st.sampled_from([1, 16, 31, 32, 33, 64])),

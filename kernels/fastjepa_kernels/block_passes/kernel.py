@@ -27,7 +27,7 @@ from ..ahead_of_time import Case
 PROGRAMS = 528
 COLUMNS, ROWS = 256, 8
 # Numbers a thread holds of each tensor.
-A_THREAD, GELU_TILE = 8, 2048
+A_THREAD = 8
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -137,12 +137,19 @@ def _below(h, EXACT: tl.constexpr):
     return mass, 0.3989422804014327 * bell
 
 
-@triton.jit(do_not_specialize=["size"])
-def _gelu(h_ptr, a_ptr, size, EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.load(h_ptr + place, mask=place < size, other=0.0).to(tl.float32)
-    mass, _ = _below(h, EXACT)
-    tl.store(a_ptr + place, (h * mass).to(a_ptr.dtype.element_ty), mask=place < size)
+@triton.jit(do_not_specialize=["num_rows"])
+def _gelu(
+    h_ptr, a_ptr, num_rows,
+    WIDTH: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(WIDTH, BLOCK_F)
+    f_F = tl.program_id(0) % across * BLOCK_F + tl.arange(0, BLOCK_F)
+    row_R = (tl.program_id(0) // across * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
+    inside = (row_R < num_rows) & (f_F < WIDTH)[None, :]
+    place = row_R * WIDTH + f_F[None, :]
+    h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    mass_RF, _ = _below(h_RF, EXACT)
+    tl.store(a_ptr + place, (h_RF * mass_RF).to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -230,15 +237,11 @@ def _tiles(rows: int, width: int) -> tuple[int, int]:
 
 def gelu(h_RF: Tensor, a_RF: Tensor) -> None:
     """Write gelu(h) to `a`, which may be h."""
-    size = h_RF.numel()
-    _gelu[(triton.cdiv(size, GELU_TILE),)](
-        h_RF,
-        a_RF,
-        size,
-        EXACT=_exact(h_RF),
-        BLOCK=GELU_TILE,
-        num_warps=GELU_TILE // (32 * A_THREAD),
-    )
+    rows, width = h_RF.shape
+    _gelu[(triton.cdiv(width, COLUMNS) * triton.cdiv(rows, ROWS),)](
+        h_RF, a_RF, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS, BLOCK_F=COLUMNS,
+        num_warps=8,
+    )  # fmt: skip
 
 
 def _exact(h: Tensor) -> bool:
@@ -305,8 +308,8 @@ def _cases() -> Iterator[Case]:
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case(
             f"GELU {dtype}", _gelu,
-            {"h_ptr": f"*{dtype}", "a_ptr": f"*{dtype}", "size": "i64"},
-            {"EXACT": dtype == "fp32", "BLOCK": GELU_TILE}, GELU_TILE // (32 * A_THREAD),
+            {"h_ptr": f"*{dtype}", "a_ptr": f"*{dtype}", "num_rows": "i32"},
+            {"WIDTH": 4096, "EXACT": dtype == "fp32", "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}, 8,
         )  # fmt: skip
 
 

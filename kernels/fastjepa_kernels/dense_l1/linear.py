@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Backend
+from ..block_passes.op import column_sums
 from ..checks import check_same_device
 from ..library import custom_op
 from ..precision import wide
@@ -110,7 +111,7 @@ def _linear_dense_l1(
             either.compare(comparison, z_rE, low, sums_RL, z_rE if grad else None, scale)
             if not grad:
                 continue
-            dbias_E += z_rE.sum(0, dtype=dbias_E.dtype)
+            dbias_E += column_sums(z_rE, backend=backend)
             torch.mm(z_rE, weight, out=dx_RP[low : low + step])
             if dweight_EP.dtype == x_RP.dtype:
                 dweight_EP.addmm_(z_rE.t(), x_rP)

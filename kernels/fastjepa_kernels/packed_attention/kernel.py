@@ -60,8 +60,8 @@ class Tiles:
 # By channels, rounded up to a power of two.
 TILES = {
     16: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
-    32: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
-    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    32: Tiles(Tile(128, 64, 4, 3, 128), Tile(128, 32, 4, 3), Tile(64, 64, 4, 3)),
+    64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
     128: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
 }
 LOG2_E = math.log2(math.e)
