@@ -21,8 +21,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Case:
-    """One signature a kernel is launched with: argument types as Triton writes them, and the
-    constants."""
+    """One signature a kernel is launched with: argument types as Triton writes them, the
+    constants, and the first and last compute capability it is meant for."""
 
     name: str
     kernel: Any
@@ -30,6 +30,7 @@ class Case:
     constants: dict[str, Any]
     num_warps: int = 4
     divisible_by_16: tuple[str, ...] = ()
+    capabilities: tuple[int, int] = (80, 999)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description="Compile all.")
     parser.add_argument("--capability", type=int, default=90, help="80, 90, 100, ...")
     capability = parser.parse_args().capability
-    rows = [asdict(compile_case(op, case, capability)) for op, case in cases()]
+    rows = [
+        asdict(compile_case(op, case, capability))
+        for op, case in cases()
+        if case.capabilities[0] <= capability <= case.capabilities[1]
+    ]
     json.dump(rows, sys.stdout, indent=1)
     print()
 

@@ -30,7 +30,8 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _bfloat16_is_rounded() -> Iterator[None]:
-    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest."""
+    """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest, and
+    multiplies matrices of the bits of bfloat16 numbers."""
     with pytest.MonkeyPatch.context() as patch:
         if interpreted():
             from triton import language as tl
@@ -44,7 +45,21 @@ def _bfloat16_is_rounded() -> Iterator[None]:
                 wide = torch.from_numpy(np.array(data, np.float32))
                 return wide.bfloat16().view(torch.uint16).numpy()
 
+            builder = interpreter.InterpreterBuilder
+            product = builder.create_dot
+
+            def widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+                return product(self, *(_in_float32(x) for x in (a, b)), *rest)
+
+            def _in_float32(x: Any) -> Any:
+                if x.dtype.scalar != tl.bfloat16:
+                    return x
+                bits = torch.from_numpy(np.array(x.data, np.uint16))
+                numbers = bits.view(torch.bfloat16).float().numpy()
+                return interpreter.TensorHandle(numbers, tl.float32)
+
             patch.setattr(interpreter, "_convert_float", rounded)
+            patch.setattr(builder, "create_dot", widened)
         yield
 
 

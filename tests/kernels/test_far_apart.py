@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastjepa_kernels import dense_l1, rope3d, rope3d_
+from fastjepa_kernels import dense_l1, packed_attention, rope3d, rope3d_
 
 FAR = 2**31 + 16
 
@@ -58,3 +58,15 @@ def test_queries_and_keys(backend: str, device: torch.device) -> None:
     assert torch.equal(rope3d(qkv_N3HC, table, backend=backend), expected)
     rope3d_(qkv_N3HC, table, backend=backend)
     assert torch.equal(qkv_N3HC, expected)
+
+
+def test_attention(backend: str, device: torch.device) -> None:
+    rows_R3HC = rows_far_apart(3, 3 * 2 * 16, device).unflatten(1, (3, 2, 16))
+    starts = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    results = []
+    for qkv_R3HC in (rows_R3HC, rows_R3HC.contiguous()):
+        q, k, v = (x.detach().requires_grad_() for x in qkv_R3HC.unbind(1))
+        out = packed_attention(q, k, v, starts, 3, backend=backend)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    for far, near in zip(*results, strict=True):
+        torch.testing.assert_close(far, near, rtol=0, atol=0 if backend == "triton" else 0.02)

@@ -122,9 +122,11 @@ def test_a_run_measures_a_few_sizes(truncate: bool, monkeypatch: pytest.MonkeyPa
         measurements.append(segments)
         return able[0]
 
-    monkeypatch.setattr(attention, "candidates", lambda *_: list(ALL[:2]))
+    able = [backend_named("sdpa"), backend_named("math")]
+    monkeypatch.setattr(attention, "candidates", lambda *_: able)
     monkeypatch.setattr(attention, "measured", first)
     monkeypatch.setattr(attention, "_fastest", {})
+    monkeypatch.setattr(attention, "_lengths", {})
     masks = MaskMaker(VIDEO_GROUPS, (8, 16, 16), 24, seed=0, weigh=False, truncate=truncate)
     for step in range(50):
         segments = segments_of([tuple(index.shape) for index in masks(step).context])

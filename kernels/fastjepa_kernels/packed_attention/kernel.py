@@ -2,18 +2,19 @@
 registers.
 
 `_forward`, one program a block of queries: walks over the keys of its sequence with a running
-maximum and sum (online softmax) and writes out and what the backward needs to make the weights anew. `_gradient_of_queries`, the
-same grid: forms `delta = sum_c out dout` of its rows, which it leaves beside the shift for the next kernel, makes
-the weights anew and sums dq. `_gradient_of_keys`, one program a block of
-keys: walks over the queries and sums dk and dv. The backward takes seven products of tiles in
+maximum and sum (online softmax) and writes out, and what turns scores into weights again.
+`_gradient_of_queries`, the same grid: forms `delta = sum_c out dout` of its rows, which it leaves
+for the next kernel, makes the weights anew and sums dq. `_gradient_of_keys`, one program a block
+of keys: walks over the queries and sums dk and dv. The backward takes seven products of tiles in
 place of the five that one kernel would need, but writes each number once: no kernel adds floats
 atomically, sums have a fixed order, two runs give the same bits. Scores are made transposed for
 dk and dv, so that weights go from the registers they were made in straight into the next product
 in all three kernels.
 
 With few channels a head it is the exponentials and what surrounds them that take the time, so
-there is little of that: the factor of exp2 is folded into one multiply-add, scale factors of
-gradients wait for the last step, and only the last tile of a sequence is masked.
+there is little of that: the factor of exp2 is folded into one multiply-add, the tensor cores add
+up the weights, scale factors of gradients wait for the last step, and only the last tile of a
+sequence is masked.
 
 Bytes: out `4 C` elements and 4 bytes a row and head, plus keys and values again for each block of
 queries, which the L2 holds. Grid: blocks of the longest sequence x heads x sequences; blocks
@@ -25,10 +26,12 @@ kept of the forward is the shift [H, R] that makes a row's exponentials weights:
 for log2(e) / sqrt(C), `weight = exp2(factor score + shift)`. `pair` [H, R, 2] is shift and delta.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,13 +60,21 @@ class Tiles:
     keys: Tile
 
 
-# By channels, rounded up to a power of two.
+# By channels, rounded up to a power of two: for GPUs whose products are a warp group's (9.0 and
+# newer), and for older ones.
 TILES = {
-    16: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
-    32: Tiles(Tile(128, 64, 4, 3, 128), Tile(128, 32, 4, 3), Tile(64, 64, 4, 3)),
+    16: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    32: Tiles(Tile(64, 64, 4, 3), Tile(128, 32, 4, 3), Tile(64, 64, 4, 3)),
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
     128: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
 }
+OLDER_TILES = {
+    16: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    32: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
+    128: Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(128, 16, 8, 2)),
+}
+
 LOG2_E = math.log2(math.e)
 # Columns of ones that add up the weights; the fewest that a product takes.
 SUMS = 8
@@ -111,7 +122,8 @@ def _store(
 @triton.jit
 def _attend(
     q_QC, k_ptr, v_ptr, k_r, v_r, most_Q, sum_QS, out_QC, row, left, factor,
-    SUMS: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
+    SUMS: tl.constexpr, STEP: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys more: the new maxima of raw scores, sums of weights, weighted values."""
     k_KC = _load(k_ptr + row * k_r, k_r, left, STEP, C, BLOCK_C, WHOLE)
@@ -288,9 +300,14 @@ def _gradient_of_keys(
     _store(dv_ptr + ours, HEADS * C, left, dv_KC, OWN, C, BLOCK_C)
 
 
-def tiles_for(channels: int) -> Tiles:
+def tiles_for(channels: int, device: torch.device) -> Tiles:
     """The launch constants for heads of `channels` channels."""
-    return TILES[_block_c(channels)]
+    return (OLDER_TILES if _is_older(device) else TILES)[_block_c(channels)]
+
+
+@functools.cache
+def _is_older(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
 
 
 def forward(
@@ -299,7 +316,7 @@ def forward(
 ) -> None:  # fmt: skip
     """Write out and shift. Channels lie side by side, `out` is contiguous."""
     rows, heads, channels = q_RHC.shape
-    tile = tile or tiles_for(channels).forward
+    tile = tile or tiles_for(channels, q_RHC.device).forward
     blocks = triton.cdiv(longest, tile.own)
     _forward[(blocks * heads * (len(starts_B1) - 1),)](
         q_RHC, k_RHC, v_RHC, out_RHC, shift_HR, starts_B1,
@@ -317,7 +334,7 @@ def gradient_of_queries(
 ) -> None:  # fmt: skip
     """Write dq, contiguous, and the pairs that `gradient_of_keys` needs."""
     rows, heads, channels = q_RHC.shape
-    tile = tile or tiles_for(channels).queries
+    tile = tile or tiles_for(channels, q_RHC.device).queries
     blocks, scale = triton.cdiv(longest, tile.own), channels**-0.5
     _gradient_of_queries[(blocks * heads * (len(starts_B1) - 1),)](
         q_RHC, k_RHC, v_RHC, out_RHC, dout_RHC, shift_HR, pair_HR2, dq_RHC, starts_B1,
@@ -334,7 +351,7 @@ def gradient_of_keys(
 ) -> None:  # fmt: skip
     """Write dk and dv, both contiguous."""
     rows, heads, channels = q_RHC.shape
-    tile = tile or tiles_for(channels).keys
+    tile = tile or tiles_for(channels, q_RHC.device).keys
     blocks, scale = triton.cdiv(longest, tile.own), channels**-0.5
     _gradient_of_keys[(blocks * heads * (len(starts_B1) - 1),)](
         q_RHC, k_RHC, v_RHC, dout_RHC, pair_HR2, dk_RHC, dv_RHC, starts_B1,
@@ -355,34 +372,38 @@ def _constants(channels: int, tile: Tile) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _case(kernel: Any, heads: int, channels: int, dtype: str, tile: Tile) -> Case:
-    numbers = {"factor": "fp32", "scale": "fp32", "blocks": "i32", "rows": "i32"}
-    halves = [name for name in kernel.arg_names if name.endswith("_ptr")]
-    signature = {
-        **{name: f"*{dtype}" for name in halves},
-        "shift_ptr": "*fp32", "pair_ptr": "*fp32", "starts_ptr": "*i32", **numbers,
-    }  # fmt: skip
+def _case(
+    kernel: Any, heads: int, channels: int, dtype: str, tile: Tile, capabilities: tuple[int, int]
+) -> Case:
+    arrays = [name for name in kernel.arg_names if name.endswith("_ptr")]
     strides = [name for name in kernel.arg_names if name.endswith(("_r", "_h"))]
-    signature |= dict.fromkeys(strides, "i32")
+    types = {
+        **dict.fromkeys(arrays, f"*{dtype}"), **dict.fromkeys(strides, "i32"),
+        "shift_ptr": "*fp32", "pair_ptr": "*fp32", "starts_ptr": "*i32",
+        "factor": "fp32", "scale": "fp32", "blocks": "i32", "rows": "i32",
+    }  # fmt: skip
+    constants = {"HEADS": heads, "C": channels, **_constants(channels, tile)}
+    if kernel is _forward:
+        constants["SUMS"] = SUMS
     return Case(
         f"{kernel.fn.__name__.removeprefix('_').replace('_', ' ')} {heads}x{channels} {dtype}",
         kernel,
-        {name: signature[name] for name in kernel.arg_names if name in signature},
-        {"HEADS": heads, "C": channels, **_constants(channels, tile)}
-        | ({"SUMS": SUMS} if kernel is _forward else {}),
+        {name: types[name] for name in kernel.arg_names if name in types},
+        constants,
         num_warps=tile.warps,
-        divisible_by_16=(*halves, *strides),
+        divisible_by_16=(*arrays, *strides),
+        capabilities=capabilities,
     )
 
 
 # The predictor, ViT-L, the ends of what is taken, a head width that is no power of two.
-HEADS = ((12, 32, "bf16"), (16, 64, "bf16"), (16, 64, "fp16"), (8, 128, "bf16"), (4, 16, "bf16"),
-         (16, 80, "bf16"))  # fmt: skip
+HEADS = ((12, 32), (16, 64), (8, 128), (4, 16), (16, 80))
 
 AHEAD_OF_TIME = [
-    _case(kernel, heads, channels, dtype, getattr(tiles_for(channels), part))
+    _case(kernel, heads, channels, "bf16", getattr(table[_block_c(channels)], part), capabilities)
+    for table, capabilities in ((TILES, (90, 999)), (OLDER_TILES, (80, 89)))
     for kernel, part in (
         (_forward, "forward"), (_gradient_of_queries, "queries"), (_gradient_of_keys, "keys")
     )
-    for heads, channels, dtype in HEADS
+    for heads, channels in HEADS
 ]  # fmt: skip

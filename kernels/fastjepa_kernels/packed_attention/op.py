@@ -8,6 +8,7 @@ kernels sit in an autograd function, which costs the host a fraction of what a r
 Shapes: R rows of all sequences, B sequences, K rows of one, H heads, C head channels.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..backend import Backend, choose
+from ..backend import Backend, use_triton
 from ..checks import check_same_device, reads_values
 from ..library import custom_op, on_their_device
 from .reference import over_sequences
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-KERNEL_DTYPES = [torch.float16, torch.bfloat16]
+KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 FEWEST, MOST, MULTIPLE = 16, 128, 8
 
 
@@ -36,11 +37,11 @@ def packed_attention(
 ) -> Tensor:
     """`softmax(q k^T / sqrt(C)) v` within each sequence: every row attends to all of its own.
 
-    q, k, v: [R, H, C] of one dtype, float16 to float64, any strides; what is read fastest are
-    views of one packed [R, 3, H, C]. starts: int32 [B + 1], the first row of each sequence and the
-    end, from 0 to R. longest: rows of the longest sequence, or more. The kernel takes half
-    precision and 16 to 128 channels in steps of 8; for others `auto` is the twin, which reads
-    `starts` on the host. Returns a contiguous [R, H, C]; differentiable once. Raises ValueError for shapes,
+    q, k, v: [R, H, C] of one dtype, float16 to float64, any strides; views of one packed
+    [R, 3, H, C] are not copied. starts: int32 [B + 1], the first row of each sequence and the end,
+    from 0 to R. longest: rows of the longest sequence, or more. The kernel takes half precision
+    and 16 to 128 channels in steps of 8; for others `auto` is the twin, which reads `starts` on
+    the host. Returns a contiguous [R, H, C], differentiable once. Raises ValueError for shapes,
     dtypes, devices, or starts that do not fit. (docs/method.md section 2.)
     """
     _check(q_RHC, k_RHC, v_RHC, starts_B1, longest)
@@ -54,7 +55,8 @@ def packed_attention(
 
 
 def _fused(q_HKC: Tensor, k_HKC: Tensor, v_HKC: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q_HKC[None], k_HKC[None], v_HKC[None])[0]
+    out: Tensor = F.scaled_dot_product_attention(q_HKC[None], k_HKC[None], v_HKC[None])[0]
+    return out
 
 
 def _check(
@@ -82,14 +84,14 @@ def _check(
     starts, rows = starts_B1.tolist(), len(q_RHC)
     if starts[0] != 0 or starts[-1] != rows or starts != sorted(starts):
         raise ValueError(f"starts: expected ascending places from 0 to {rows}, got {starts}")
-    found = max((end - start for start, end in zip(starts, starts[1:], strict=False)), default=0)
+    found = max((end - start for start, end in pairwise(starts)), default=0)
     if found > longest:
         raise ValueError(f"longest: a sequence has {found} rows, more than {longest}")
 
 
 def _kernel_runs(backend: str, q_RHC: Tensor) -> bool:
     """Raises ValueError where the kernel was asked for and does not take these inputs."""
-    if choose(backend, q_RHC.device).name != "triton":
+    if not use_triton(backend, q_RHC):
         return False
     channels = q_RHC.shape[-1]
     if q_RHC.dtype not in KERNEL_DTYPES:
@@ -141,13 +143,14 @@ def _side_by_side(x_RHC: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        out: Tensor
         out, shift = _forward(q, k, v, starts, longest)
         ctx.save_for_backward(q, k, v, out, shift, starts)
         ctx.longest = longest
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         return *_backward(dout, *ctx.saved_tensors, ctx.longest), None, None
 

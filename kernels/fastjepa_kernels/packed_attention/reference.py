@@ -4,6 +4,7 @@ Shapes: R rows of all sequences, K rows of one, H heads, C head channels.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def over_sequences(
     starts = starts_B1.tolist()
     parts = [
         attention(*(x_RHC[start:end].transpose(0, 1) for x_RHC in (q_RHC, k_RHC, v_RHC)))
-        for start, end in zip(starts, starts[1:], strict=False)
+        for start, end in pairwise(starts)
         if start < end
     ]
     return torch.cat([q_RHC[:0], *(part_HKC.transpose(0, 1) for part_HKC in parts)])
@@ -33,4 +34,5 @@ def over_sequences(
 
 def _attention(q_HKC: Tensor, k_HKC: Tensor, v_HKC: Tensor) -> Tensor:
     score_HKK = q_HKC @ k_HKC.transpose(1, 2) * q_HKC.shape[-1] ** -0.5
-    return score_HKK.softmax(-1) @ v_HKC
+    out: Tensor = score_HKK.softmax(-1) @ v_HKC
+    return out
