@@ -3,8 +3,8 @@
     results = measure(Setting(Path("configs/demo.yaml")), [], rounds=5, say=print, command="")
 
 All sides start from the same weights and make the same steps, in turn in one process, on one batch
-of the recipe's first stream and the masks of its first steps. Peak memory is that of a side alone in a
-fresh process. bench/ holds what measures and knows no recipe.
+of the recipe's first stream and the masks of its first steps. Peak memory is that of a side alone
+in a fresh process. bench/ holds what measures and knows no recipe.
 """
 
 import gc
@@ -22,6 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastjepa.bench.checkout import make_importable
 from fastjepa.bench.launches import count_on_device, count_step
@@ -69,6 +70,7 @@ class Setting:
     reference: Path | None = None
     reference_dtype: str | None = None
     compiled: bool = False
+    random_clips: bool = False
 
     def load(self) -> "Loaded":
         """Raises RecipeError, and ValueError for a recipe whose step the official code, or one
@@ -141,17 +143,26 @@ class Loaded:
         )  # fmt: skip
 
     def batches(self, count: int) -> tuple[list[ClipAndMasks], float]:
-        """The first batch of clips with the masks of as many steps, and the seconds in which one
-        process loads and normalises it."""
+        """One batch of clips with the masks of as many steps, and the seconds in which one process
+        loads and normalises it: the recipe's first, or random numbers, which take none."""
+        maker = replace(mask_maker(self.recipe, self.stream), weigh=False)
+        clip, seconds = self._random_batch() if self.setting.random_clips else self._first_batch()
+        return [(clip, maker(number).to(self.device)) for number in range(count)], seconds
+
+    def _random_batch(self) -> tuple[Tensor, float]:
+        stream, generator = self.stream, torch.Generator().manual_seed(self.recipe.run.seed)
+        shape = stream.clips, 3, stream.frames, stream.crop, stream.crop
+        return torch.randn(shape, generator=generator).to(self.device), 0.0
+
+    def _first_batch(self) -> tuple[Tensor, float]:
         alone = self.recipe.data.model_copy(update={"workers": 0})
         recipe = self.recipe.model_copy(update={"data": alone})
         loader = build_loader(recipe, self.stream, self.device)
-        maker = replace(mask_maker(self.recipe, self.stream), weigh=False)
         begin = time.perf_counter()
         clip = normalise(next(iter(loader.batches(0, 1))).clip.to(self.device))
         seconds = time.perf_counter() - begin
         loader.close()
-        return [(clip, maker(number).to(self.device)) for number in range(count)], seconds
+        return clip, seconds
 
 
 def measure(

@@ -151,6 +151,9 @@ def bench_step(
         typer.Option(help="float32 or bfloat16; on a CPU float32, else the recipe's, if left out"),
     ] = None,
     compiled: Annotated[bool, typer.Option(help="measure torch.compile's variants too")] = False,
+    random_clips: Annotated[
+        bool, typer.Option("--random-clips", help="random numbers for clips: no data is needed")
+    ] = False,
     memory: Annotated[bool, typer.Option(help="each side's peak, alone in a process")] = True,
     kernels: Annotated[bool, typer.Option(help="count the kernels of a step")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
@@ -179,10 +182,11 @@ def bench_step(
         *(["--reference PATH"] if reference else []),
         *([f"--reference-dtype {reference_dtype}"] if reference_dtype else []),
         *(["--compiled"] if compiled else []),
+        *(["--random-clips"] if random_clips else []),
         f"--threads {torch.get_num_threads()} --rounds {rounds}",
     ]
     results = measure(
-        Setting(recipe, tuple(overrides or []), reference, reference_dtype, compiled),
+        Setting(recipe, tuple(overrides or []), reference, reference_dtype, compiled, random_clips),
         sweep or [],
         rounds=rounds,
         command=" ".join(["fastjepa bench step", *settings]),

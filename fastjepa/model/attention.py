@@ -150,7 +150,8 @@ def _seconds(backend: Backend, qkv_R3HC: Tensor, segments: Sequence[Segment]) ->
     _wait(qkv_R3HC.device)
     start = time.perf_counter()
     with torch.set_grad_enabled(qkv_R3HC.requires_grad):
-        out = backend.run(*qkv_R3HC.unbind(1), segments)
+        q, k, v = qkv_R3HC.unbind(1)
+        out = backend.run(q, k, v, segments)
     if qkv_R3HC.requires_grad:
         torch.autograd.grad(out, qkv_R3HC, torch.ones_like(out))
     _wait(qkv_R3HC.device)

@@ -123,8 +123,8 @@ class Block(nn.Module):
             x_RD = shared.spread(x_RD)
         if way == "gpu":
             table_RC2 = _packed(tables_RC2, segments)
-            x_RD, *qkv_RHC = block_gpu.before_attention(self, x_RD, table_RC2)
-            mixed_RHC = attend(*qkv_RHC, segments, backend=self.backend)
+            x_RD, q, k, v = block_gpu.before_attention(self, x_RD, table_RC2)
+            mixed_RHC = attend(q, k, v, segments, backend=self.backend)
             return block_gpu.after_attention(self, x_RD, mixed_RHC.flatten(1))
         before, after = compiled_halves() if self.compiled else (before_attention, after_attention)
         mixed_RD = self.attend(before(self, x_RD), tables_RC2, segments)
@@ -154,7 +154,8 @@ class Block(nn.Module):
         """Rotated queries and keys, and their attention, heads side by side: [R, D]."""
         turn = turn_tiled if self.rope == "tiled" else rope3d
         qkv_R3HC = turn(qkv_R3HC, _packed(tables_RC2, segments))
-        return attend(*qkv_R3HC.unbind(1), segments, backend=self.backend).flatten(1)
+        q, k, v = qkv_R3HC.unbind(1)
+        return attend(q, k, v, segments, backend=self.backend).flatten(1)
 
 
 def _packed(tables_RC2: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:

@@ -114,9 +114,11 @@ class _After(torch.autograd.Function):
         h_RF = _linear(n_RD, fc1_w, fc1_b)
         del n_RD
         if not any(ctx.needs_input_grad):
-            return x_RD.add_(_linear(gelu(h_RF, overwrite=True), fc2_w, fc2_b))
+            own: Tensor = x_RD.add_(_linear(gelu(h_RF, overwrite=True), fc2_w, fc2_b))
+            return own
         ctx.save_for_backward(x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w)
-        return x_RD + _linear(gelu(h_RF), fc2_w, fc2_b)
+        out: Tensor = x_RD + _linear(gelu(h_RF), fc2_w, fc2_b)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy_RD) -> Any:  # type: ignore[no-untyped-def]

@@ -127,7 +127,7 @@ class Encoder(nn.Module):
             shapes += own_shapes
         x_RD = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
         segments = segments_of(shapes)
-        tables = self.blocks[0].tables(x_RD, tables, segments)
+        tables = self.blocks[0].tables(x_RD, tables, segments)  # type: ignore[operator]
         outputs: dict[int, Tensor] = {}
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
             if self.checkpointing:

@@ -127,7 +127,8 @@ class Predictor(nn.Module):
         else:
             x_RP = self._assembled(context_RP, parts)
         tables = [table for part in parts for table in self._rotary_rows(part, like=x_RP)]
-        tables = self.predictor_blocks[0].tables(x_RP, tables, segments)
+        first: Block = self.predictor_blocks[0]  # type: ignore[assignment]
+        tables = first.tables(x_RP, tables, segments)
         for number, block in enumerate(self.predictor_blocks):
             inputs = x_RP, tables, segments, None if number else shared
             if self.checkpointing:

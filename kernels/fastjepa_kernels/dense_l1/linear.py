@@ -111,7 +111,7 @@ def _linear_dense_l1(
             either.compare(comparison, z_rE, low, sums_RL, z_rE if grad else None, scale)
             if not grad:
                 continue
-            dbias_E += column_sums(z_rE, backend=backend)
+            dbias_E += column_sums(z_rE, backend=backend)  # type: ignore[arg-type]
             torch.mm(z_rE, weight, out=dx_RP[low : low + step])
             if dweight_EP.dtype == x_RP.dtype:
                 dweight_EP.addmm_(z_rE.t(), x_rP)

@@ -152,7 +152,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(dout, *ctx.saved_tensors, ctx.longest), None, None
+        q, k, v, out, shift, starts = ctx.saved_tensors
+        return *_backward(dout, q, k, v, out, shift, starts, ctx.longest), None, None
 
 
 _packed_attention = custom_op("packed_attention")(_forward)
