@@ -107,18 +107,22 @@ class Block(nn.Module):
         tables_RC2: Sequence[Tensor],
         segments: Sequence[Segment],
         shared: SharedRow | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """x_RD: [R, D]; tables: for each segment the rows of `rotary_table` in the block's layout,
         [count or 1, length, C/2, 2] or (tiled) [count or 1, length, C, 2], or a single one with a
         row for each of x's (`packed_table`).
 
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
-        [R, D].
+        [R, D]. `recompute`: see block_cpu.py, which alone knows it.
         """
-        way = self._by_hand(x_RD)
+        way = self.way(x_RD)
+        assert not recompute or way == "cpu"
         if way == "cpu":
-            x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
-            return mlp_half(x_RD, self.norm2, self.mlp)
+            x_RD = attention_half(
+                x_RD, self.norm1, self.attn, tables_RC2, segments, shared, recompute=recompute
+            )
+            return mlp_half(x_RD, self.norm2, self.mlp, recompute=recompute)
         if shared:
             x_RD = shared.spread(x_RD)
         if way == "gpu":
@@ -130,8 +134,8 @@ class Block(nn.Module):
         mixed_RD = self.attend(before(self, x_RD), tables_RC2, segments)
         return after(self, x_RD, mixed_RD)
 
-    def _by_hand(self, x: Tensor) -> str | None:
-        """Which of the hand-written ways runs, `cpu` or `gpu`."""
+    def way(self, x: Tensor) -> str | None:
+        """Which of the hand-written ways runs on such rows, `cpu` or `gpu`; None for the plain."""
         if self.by_hand != "auto" or self.compiled:
             return None if self.compiled else self.by_hand
         if x.device.type == "cpu":
@@ -144,7 +148,7 @@ class Block(nn.Module):
         self, x: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]
     ) -> list[Tensor]:
         """The segments' tables as blocks like this one take them fastest."""
-        if self._by_hand(x) == "cpu":
+        if self.way(x) == "cpu":
             return list(tables_RC2)
         return [packed_table(tables_RC2, segments)]
 
