@@ -180,7 +180,8 @@ class StreamCosts:
                     checkpointing=checkpointing,
                     keep_attention=self.recipe.model.keep_attention,
                     scores=self.recipe.model.attention == "math",
-                    in_turn=alone and self.recipe.engine.mask_groups == "in_turn",
+                    in_turn=alone and own.mask_groups == "in_turn",
+                    by_hand=own.compile is None and self.recipe.model.rope == "interleaved",
                 )
                 for tokens in drawn
             ),

@@ -5,7 +5,8 @@
     traffic.operations, traffic.bytes
 
 Counted where PyTorch dispatches: an operation is one that is neither a view nor an allocation, its
-bytes are those of its tensors in and out. One of our ops counts as one, whatever it launches. What
+bytes are those of its tensors in and out. One of our ops, or of the passes between a block's
+products, counts as one, whatever it launches. What
 caches save is not known here, and what a view repeats counts once.
 """
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastjepa_kernels.library import watchers
 
 _NO_WORK = frozenset(
     f"aten::{name}"
@@ -34,6 +37,19 @@ class Traffic(TorchDispatchMode):
         self.operations = 0
         self.bytes = 0
 
+    def __enter__(self) -> "Traffic":
+        watchers.append(self._count)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        watchers.remove(self._count)
+
+    def _count(self, given: Any, written: Any) -> None:
+        self.operations += 1
+        self.bytes += _bytes(tree_leaves(given)) + _bytes(tree_leaves(written))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         schema = func._schema
@@ -45,15 +61,14 @@ class Traffic(TorchDispatchMode):
                     for value, argument in zip(args, schema.arguments, strict=False)
                     if argument.alias_info is not None and argument.alias_info.is_write
                 ]
-            self.operations += 1
-            self.bytes += _bytes(tree_leaves((args, kwargs))) + _bytes(tree_leaves(written))
+            self._count((args, kwargs), written)
         return out
 
 
 def _bytes(values: Iterable[object]) -> int:
-    """Of the tensors among them; a dimension that a view repeats counts once."""
-    tensors = [v for v in values if isinstance(v, Tensor) and v.layout == torch.strided]
-    return sum(_elements(tensor) * tensor.element_size() for tensor in tensors)
+    """Of the different tensors among them; a dimension that a view repeats counts once."""
+    tensors = {id(v): v for v in values if isinstance(v, Tensor) and v.layout == torch.strided}
+    return sum(_elements(tensor) * tensor.element_size() for tensor in tensors.values())
 
 
 def _elements(value: Tensor) -> int:

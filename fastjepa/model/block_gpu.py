@@ -59,7 +59,9 @@ def after_attention(block: "Block", x_RD: Tensor, mixed_RD: Tensor) -> Tensor:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # Tensors without data know no autocast.
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def _linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:

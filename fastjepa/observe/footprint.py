@@ -1,12 +1,13 @@
 """Memory a training step needs, estimated from plain numbers before anything is allocated.
 
-States are exact (states.py). Activations are an estimate of what autograd keeps on a GPU: products
-in the compute dtype, norms' inputs, levels and targets in float32, attention without its score
-matrix (flash kernels) unless `scores` says otherwise. A CPU's hand-written blocks keep less.
+States are exact (states.py). Activations are an estimate of what autograd keeps on a GPU: what the
+products take in the compute dtype, norms' inputs in the residual stream's, levels and targets in
+float32, attention without its score matrix (flash kernels) unless `scores` says otherwise.
 Workspace and the allocator's slack are not in it. docs/planning.md has the formulas.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from fastjepa.observe.flops import Checkpointing, EncoderNumbers, PredictorNumbers, TokenNumbers
 from fastjepa.observe.states import StateBytes
@@ -54,6 +55,7 @@ def step_activations(
     keep_attention: bool = False,
     scores: bool = False,
     in_turn: bool = False,
+    by_hand: bool = True,
 ) -> Activations:
     """Bytes held as the backward starts: the graphs of all mask groups, or with `in_turn` the
     predictor's and the loss's of the largest pass alone, of the first group or of half the clips
@@ -63,7 +65,7 @@ def step_activations(
     predictor's residual stream, float32 unless `engine.residual` says otherwise. With
     `checkpointing` a block, or one of the `encoder` alone, keeps its input only, with
     `keep_attention` attention's output and float32 log-sum-exp too, and the largest single block
-    comes on top.
+    comes on top. `by_hand`: see `block_activations`.
     """
     groups = list(zip(tokens.context, tokens.predicted, strict=True))
     visible = sum(tokens.context)
@@ -72,7 +74,8 @@ def step_activations(
     # and outputs; all levels side by side into the predictor.
     level = value_bytes + _FLOAT32 + (_FLOAT32 if value_bytes < _FLOAT32 else 0)
     context = visible * (pixels * value_bytes + encoder.levels * encoder.width * level)
-    block, recomputed = _block(encoder, list(tokens.context), value_bytes, scores), 0
+    of_block = partial(_block, value_bytes=value_bytes, scores=scores, by_hand=by_hand)
+    block, recomputed = of_block(encoder, list(tokens.context), stream_bytes=value_bytes), 0
     if checkpointing:
         kept_rows = encoder.width * value_bytes
         if keep_attention:
@@ -90,7 +93,7 @@ def step_activations(
     guessed = supervised = 0
     for clips, some in passes:
         lengths = [kept + predicted for kept, predicted in some]
-        block = _block(predictor, lengths, value_bytes, scores)
+        block = of_block(predictor, lengths, stream_bytes=stream_bytes)
         # The last norm's input, and the wide embedding around its GELU.
         size = sum(lengths) * predictor.width * stream_bytes
         if predictor.in_levels > 1:
@@ -114,31 +117,50 @@ def step_activations(
 
 
 def block_activations(
-    width: int, mlp_width: int, heads: int, tokens: int, value_bytes: int, *, scores: bool = False
+    width: int,
+    mlp_width: int,
+    heads: int,
+    tokens: int,
+    *,
+    value_bytes: int,
+    stream_bytes: int,
+    scores: bool = False,
+    by_hand: bool = True,
 ) -> int:
     """Bytes one block keeps for its backward on one sequence.
 
-    A token keeps two rows of `width` in float32 (the norms' inputs), six in the compute dtype (two
-    normed inputs, q, k, v, attention's output) and two of `mlp_width` (around the GELU). Attention
-    keeps a float32 log-sum-exp per head, or with `scores` its `heads x tokens x tokens`
-    probabilities; a norm its mean and deviation.
+    A token keeps two rows of `width` of the residual stream (the norms' inputs), and in the compute
+    dtype four (q, k, v, attention's output) and one of `mlp_width` (GELU's input). Where blocks do
+    not run `by_hand`, the norms' inputs are in float32, with their mean and deviation, and their
+    outputs and GELU's come on top. Attention keeps a float32 log-sum-exp per head, or with
+    `scores` its `heads x tokens x tokens` probabilities.
     """
-    rows = tokens * (2 * width * _FLOAT32 + (6 * width + 2 * mlp_width) * value_bytes)
+    kept = 2 * width * stream_bytes + (4 * width + mlp_width) * value_bytes
+    if not by_hand:
+        kept = 2 * width * _FLOAT32 + (6 * width + 2 * mlp_width) * value_bytes + 4 * _FLOAT32
     attention = heads * tokens * (tokens * value_bytes if scores else _FLOAT32)
-    return rows + attention + 4 * _FLOAT32 * tokens
+    return tokens * kept + attention
 
 
 def _block(
-    shape: EncoderNumbers | PredictorNumbers, lengths: list[int], value_bytes: int, scores: bool
+    shape: EncoderNumbers | PredictorNumbers,
+    lengths: list[int],
+    *,
+    value_bytes: int,
+    stream_bytes: int,
+    scores: bool,
+    by_hand: bool,
 ) -> int:
     """What one block keeps for one sequence of each length."""
     alone = sum(
         block_activations(
-            shape.width, shape.mlp_width, shape.heads, tokens, value_bytes, scores=scores
+            shape.width, shape.mlp_width, shape.heads, tokens, value_bytes=value_bytes,
+            stream_bytes=stream_bytes, scores=scores, by_hand=by_hand,
         )
         for tokens in lengths
-    )
-    if len(lengths) == 1 or scores:
+    )  # fmt: skip
+    if len(lengths) == 1 or scores or value_bytes < _FLOAT32:
         return alone
-    # Flash kernels keep each group's output, and the packed rows of all groups come beside them.
+    # In float32 attention goes through the groups one by one, and keeps each one's output; the
+    # packed rows of all come beside them.
     return alone + sum(lengths) * shape.width * value_bytes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -41,6 +42,30 @@ def on_their_device(function: Function) -> Function:
             return function(*arguments, **options)
 
     return there  # type: ignore[return-value]
+
+
+# Told of every call of what is `watched`: its arguments and options, and what it gave.
+watchers: list[Callable[[Any, Any], None]] = []
+
+
+def watched(function: Function) -> Function:
+    """`on_their_device` for a function that is no op, since it is called too often for one.
+
+    No dispatch mode sees it as a whole; while there are `watchers`, none sees what it is made of.
+    """
+    run = on_their_device(function)
+
+    @functools.wraps(function)
+    def told(*arguments: Any, **options: Any) -> Any:
+        if not watchers:
+            return run(*arguments, **options)
+        with _disable_current_modes():
+            out = run(*arguments, **options)
+        for watcher in watchers:
+            watcher((arguments, options), out)
+        return out
+
+    return told  # type: ignore[return-value]
 
 
 def _tensors(arguments: Sequence[Any]) -> Iterator[Tensor]:

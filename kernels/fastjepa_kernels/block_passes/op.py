@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backend import Backend, use_triton
 from ..checks import check_same_device
-from ..library import on_their_device
+from ..library import watched
 from ..precision import wide
 from . import reference
 
@@ -32,7 +32,7 @@ class NormGradients(NamedTuple):
     dx_sum_D: Tensor
 
 
-@on_their_device
+@watched
 def add_layer_norm(
     x_RD: Tensor,
     delta_RD: Tensor | None,
@@ -63,7 +63,7 @@ def add_layer_norm(
     return x_RD if sum_RD is None else sum_RD, normed_RD
 
 
-@on_their_device
+@watched
 def layer_norm_backward(
     dn_RD: Tensor,
     x_RD: Tensor,
@@ -96,7 +96,7 @@ def layer_norm_backward(
     return NormGradients(dx_RD, dx_RD if narrow_RD is None else narrow_RD, normed_RD, *sums)
 
 
-@on_their_device
+@watched
 def gelu(h_RF: Tensor, *, overwrite: bool = False, backend: Backend = "auto") -> Tensor:
     """`gelu(h)` [R, F] in h's dtype, exact to that dtype's rounding; `overwrite` writes it over h,
     which must be contiguous then. Raises ValueError for other shapes and strides."""
@@ -114,7 +114,7 @@ def gelu(h_RF: Tensor, *, overwrite: bool = False, backend: Backend = "auto") ->
     return a_RF
 
 
-@on_their_device
+@watched
 def gelu_backward(
     h_RF: Tensor, da_RF: Tensor, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +135,7 @@ def gelu_backward(
     return da_RF, a_RF, sum_F
 
 
-@on_their_device
+@watched
 def column_sums(x_RF: Tensor, *, backend: Backend = "auto") -> Tensor:
     """Sums of x [R, F] over its rows: [F], float32 at least. Raises ValueError for other shapes."""
     _check_rows(x_RF)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backend import Backend, use_triton
 from ..checks import INDEX_DTYPES, check_in_range, check_same_device
-from ..library import custom_op, on_their_device
+from ..library import custom_op, watched
 from ..precision import wide
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -69,7 +69,7 @@ def rope3d_(
     return out
 
 
-@on_their_device
+@watched
 def turn_rows_(qkv_R3HC: Tensor, table_RC2: Tensor, *, backend: Backend = "auto") -> Tensor:
     """`rope3d_` of rows that share no table row, for forwards written by hand: no graph.
 
@@ -82,7 +82,7 @@ def turn_rows_(qkv_R3HC: Tensor, table_RC2: Tensor, *, backend: Backend = "auto"
     return qkv_R3HC
 
 
-@on_their_device
+@watched
 def turned_gradient(
     dq_RHC: Tensor,
     dk_RHC: Tensor,
