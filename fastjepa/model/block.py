@@ -103,22 +103,30 @@ class Block(nn.Module):
         tables_RC2: Sequence[Tensor],
         segments: Sequence[Segment],
         shared: SharedRow | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """x_RD: [R, D]; tables: for each segment the rows of `rotary_table` in the block's layout,
         [count or 1, length, C/2, 2] or (tiled) [count or 1, length, C, 2].
 
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
-        [R, D].
+        [R, D]. `recompute`: see block_cpu.py; for blocks that run by hand alone.
         """
-        by_hand = self.by_hand and x_RD.device.type == "cpu" and self.backend in ("auto", "sdpa")
-        if by_hand and self.rope == "interleaved" and not self.compiled:
-            x_RD = attention_half(x_RD, self.norm1, self.attn, tables_RC2, segments, shared)
-            return mlp_half(x_RD, self.norm2, self.mlp)
+        assert not recompute or self.runs_by_hand(x_RD.device)
+        if self.runs_by_hand(x_RD.device):
+            x_RD = attention_half(
+                x_RD, self.norm1, self.attn, tables_RC2, segments, shared, recompute=recompute
+            )
+            return mlp_half(x_RD, self.norm2, self.mlp, recompute=recompute)
         if shared:
             x_RD = shared.spread(x_RD)
         before, after = compiled_halves() if self.compiled else (before_attention, after_attention)
         mixed_RD = self.attend(before(self, x_RD), tables_RC2, segments)
         return after(self, x_RD, mixed_RD)
+
+    def runs_by_hand(self, device: torch.device) -> bool:
+        """Whether the hand-written halves run, on rows of this device."""
+        plain = self.by_hand and self.rope == "interleaved" and not self.compiled
+        return plain and device.type == "cpu" and self.backend in ("auto", "sdpa")
 
     def attend(
         self, qkv_R3HC: Tensor, tables_RC2: Sequence[Tensor], segments: Sequence[Segment]

@@ -5,9 +5,11 @@ On a CPU a block spends much of its time around the products: allocating, copyin
 - q and k are rotated while they are laid out for attention, and turned back while their gradients
   are packed;
 - LayerNorm's and GELU's outputs are recomputed in the backward, not saved: 10 widths a token are
-  kept instead of 20. The numbers are those of block.py to rounding. Under CPU autocast the
-  products run in bfloat16 on the residual stream's own dtype, with float32 gradients of the
-  weights.
+  kept instead of 20. With `recompute` queries, keys, values and the MLP's hidden layer are made
+  again, too, each by its product: 3 widths are kept, the halves' inputs and attention's output.
+
+The numbers are those of block.py to rounding. Under CPU autocast the products run in bfloat16 on
+the residual stream's own dtype, with float32 gradients of the weights.
 
 Shapes: R packed rows, D width, B sequences, K tokens of one, H heads, C head channels, F MLP width.
 """
@@ -42,6 +44,8 @@ def attention_half(
     tables: Sequence[Tensor],
     segments: Sequence[Segment],
     shared: SharedRow | None,
+    *,
+    recompute: bool = False,
 ) -> Tensor:
     """`x + proj(attention(rope(qkv(norm(x)))))`: [R, D] -> [R, D].
 
@@ -50,16 +54,16 @@ def attention_half(
     """
     out: Tensor = _AttentionHalf.apply(
         x_RD, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight,
-        attn.proj.bias, norm.eps, attn.heads, tuple(tables), tuple(segments), shared,
+        attn.proj.bias, norm.eps, attn.heads, tuple(tables), tuple(segments), shared, recompute,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out
 
 
-def mlp_half(x_RD: Tensor, norm: nn.LayerNorm, mlp: "Mlp") -> Tensor:
+def mlp_half(x_RD: Tensor, norm: nn.LayerNorm, mlp: "Mlp", *, recompute: bool = False) -> Tensor:
     """`x + fc2(gelu(fc1(norm(x))))`: [R, D] -> [R, D]."""
     out: Tensor = _MlpHalf.apply(
         x_RD, norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-        norm.eps,
+        norm.eps, recompute,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out
 
@@ -103,10 +107,29 @@ def _heads_first(parts: Sequence[Tensor], table: Tensor) -> Tensor:
     out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=parts[0].device)
     factor = as_factor(table)[:, None]
     for part, to, turn in zip(parts, out.split(sizes, 3), factor.split(sizes, 2), strict=True):
-        for i in range(2):
-            rotate_into(part[:, :, i].transpose(1, 2), turn, to[i])
-        to[2].copy_(part[:, :, 2].transpose(1, 2))
+        laid_out = part.permute(2, 0, 3, 1, 4)
+        rotate_into(laid_out[:2], turn, to[:2])
+        to[2].copy_(laid_out[2])
     return out
+
+
+def _queries_keys_values(
+    n_RD: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    heads: int,
+    tables: Sequence[Tensor],
+    segments: Sequence[Segment],
+    shared: SharedRow | None,
+) -> list[Tensor]:
+    """Of each segment what attention takes, [3, B, H, K, C], from normed rows."""
+    dtype = n_RD.dtype
+    qkv_R3HC = linear(n_RD, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, heads, -1))
+    return [
+        _heads_first(shared.parts(qkv_R3HC, number) if shared else [segment.rows(qkv_R3HC)], table)
+        for number, (segment, table) in enumerate(zip(segments, tables, strict=True))
+    ]
 
 
 class _AttentionHalf(torch.autograd.Function):
@@ -125,39 +148,43 @@ class _AttentionHalf(torch.autograd.Function):
         tables,
         segments,
         shared,
+        recompute,
     ) -> Tensor:
         dtype = _product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
-        qkv_R3HC = linear(n_RD, qkv_w.to(dtype), qkv_b.to(dtype)).unflatten(-1, (3, heads, -1))
-        del n_RD
-        outs, kept = [], []
-        for number, (segment, table) in enumerate(zip(segments, tables, strict=True)):
-            parts = shared.parts(qkv_R3HC, number) if shared else [segment.rows(qkv_R3HC)]
-            qkv = _heads_first(parts, table)
+        outs, lses, kept = [], [], []
+        for qkv in _queries_keys_values(
+            n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=segments, shared=shared
+        ):
             out, lse = attention_cpu.forward(*qkv)
             outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]).to(dtype))
-            kept += [qkv, lse]
-        del qkv_R3HC, parts
+            lses.append(lse)
+            kept += [] if recompute else [qkv]
+        del n_RD, qkv
         mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
         ctx.save_for_backward(
-            x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, mixed_RD, *tables, *kept
+            x_RD, mean, rstd, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *tables, *lses, *kept
         )
-        ctx.segments, ctx.shared, ctx.eps = segments, shared, eps
+        ctx.heads, ctx.segments, ctx.shared, ctx.eps = heads, segments, shared, eps
         residual_RD = shared.spread(x_RD) if shared else x_RD
         return linear_add(mixed_RD, residual_RD, proj_w.to(dtype), proj_b.to(dtype))
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
-        x_RD, mean, rstd, norm_w, norm_b, qkv_w, proj_w, mixed_RD, *rest = ctx.saved_tensors
-        tables, kept = rest[: len(ctx.segments)], rest[len(ctx.segments) :]
-        dtype, heads, channels = mixed_RD.dtype, kept[0].shape[2], kept[0].shape[4]
+        x_RD, mean, rstd, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *rest = ctx.saved_tensors
+        count = len(ctx.segments)
+        tables, lses, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        dtype, heads, eps = mixed_RD.dtype, ctx.heads, ctx.eps
         dy = dy_RD.to(dtype)
-        dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, channels))
-        mixed_RHC = mixed_RD.unflatten(-1, (heads, channels))
-        dqkv_R3HC = torch.empty((len(dy), 3, heads, channels), dtype=dtype)
-        for segment, table, qkv, lse in zip(
-            ctx.segments, tables, kept[::2], kept[1::2], strict=True
-        ):
+        n_RD, _, _ = _normed(x_RD, norm_w, norm_b, eps, dtype)
+        qkvs = kept or _queries_keys_values(
+            n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=ctx.segments,
+            shared=ctx.shared,
+        )  # fmt: skip
+        dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, -1))
+        mixed_RHC = mixed_RD.unflatten(-1, (heads, -1))
+        dqkv_R3HC = torch.empty((len(dy), 3, *mixed_RHC.shape[1:]), dtype=dtype)
+        for segment, table, qkv, lse in zip(ctx.segments, tables, qkvs, lses, strict=True):
             q, k, v = qkv
             dmixed, mixed = (
                 segment.rows(t).transpose(1, 2).to(q.dtype) for t in (dmixed_RHC, mixed_RHC)
@@ -170,31 +197,32 @@ class _AttentionHalf(torch.autograd.Function):
             dqkv[:, :, 2].copy_(dv.transpose(1, 2))
         dproj_w = grad_weight(dy, mixed_RD).to(proj_w.dtype)
         dproj_b = dy_RD.sum(0, dtype=proj_w.dtype)
-        del dmixed_RHC, dq, dk, dv
+        del dmixed_RHC, dq, dk, dv, q, k, v, qkv, qkvs
         dqkv = dqkv_R3HC.flatten(1)
         if ctx.shared:
             dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)
-        n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
         dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
+        del n_RD
         dqkv_b = dqkv.sum(0).to(qkv_w.dtype)
         dx_RD, dnorm_w, dnorm_b = _norm_backward(
             grad_input(dqkv, qkv_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
         )
         dx_RD += dy_RD
         grads = dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b
-        return *grads, None, None, None, None, None
+        return *grads, *(None,) * 6
 
 
 class _MlpHalf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps, recompute) -> Tensor:  # type: ignore[no-untyped-def]
         dtype = _product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
         first = fc1_w.to(dtype), fc1_b.to(dtype)
         if any(ctx.needs_input_grad):
             h_RF = linear(n_RD, *first)
-            ctx.save_for_backward(x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc2_w, h_RF)
-            ctx.eps = eps
+            kept = () if recompute else (h_RF,)
+            ctx.save_for_backward(x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept)
+            ctx.eps, ctx.dtype = eps, dtype
             a_RF = aten.gelu(h_RF)
         else:
             a_RF = linear_gelu(n_RD, *first)
@@ -202,19 +230,21 @@ class _MlpHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
-        x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc2_w, h_RF = ctx.saved_tensors
-        dtype = h_RF.dtype
+        x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept = ctx.saved_tensors
+        dtype = ctx.dtype
         dy = dy_RD.to(dtype)
+        n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
+        h_RF = kept[0] if kept else linear(n_RD, fc1_w.to(dtype), fc1_b.to(dtype))
         dfc2_w = grad_weight(dy, aten.gelu(h_RF)).to(fc2_w.dtype)
         dfc2_b = dy_RD.sum(0, dtype=fc2_w.dtype)
         dh_RF = grad_input(dy, fc2_w.to(dtype))
         aten.gelu_backward.grad_input(dh_RF, h_RF, grad_input=dh_RF)
-        del h_RF
-        n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
+        del h_RF, kept
         dfc1_w = grad_weight(dh_RF, n_RD).to(fc1_w.dtype)
         dfc1_b = dh_RF.sum(0).to(fc1_w.dtype)
-        dx_RD, dnorm_w, dnorm_b = _norm_backward(
-            grad_input(dh_RF, fc1_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
-        )
+        del n_RD
+        dn_RD = grad_input(dh_RF, fc1_w.to(dtype))
+        del dh_RF
+        dx_RD, dnorm_w, dnorm_b = _norm_backward(dn_RD, x_RD, mean, rstd, norm_w, norm_b)
         dx_RD += dy_RD
-        return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b, dfc2_w, dfc2_b, None
+        return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b, dfc2_w, dfc2_b, None, None

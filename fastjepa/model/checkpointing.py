@@ -12,6 +12,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from fastjepa.model.block import Block
+
 # In the names of the operations whose outputs are kept: PyTorch's dense and packed attention,
 # FlashAttention's and xFormers' forwards.
 _ATTENTION = ("attention", "attn", "flash_fwd")
@@ -19,9 +21,15 @@ _ATTENTION = ("attention", "attn", "flash_fwd")
 
 def run_checkpointed(block: nn.Module, *inputs: Any, keep_attention: bool) -> Tensor:
     """`block(*inputs)` that keeps `inputs`, and with `keep_attention` what attention gave, whose
-    operations grow with the square of the tokens while its output does not."""
-    if not torch.is_grad_enabled():
-        whole: Tensor = block(*inputs)
+    operations grow with the square of the tokens while its output does not.
+
+    A block that runs by hand keeps the input of its MLP then, too, and repeats two of four
+    products (block_cpu.py).
+    """
+    assert isinstance(block, Block)
+    by_hand = keep_attention and block.runs_by_hand(inputs[0].device)
+    if by_hand or not torch.is_grad_enabled():
+        whole: Tensor = block(*inputs, recompute=by_hand)
         return whole
     contexts = (
         partial(create_selective_checkpoint_contexts, _policy)
