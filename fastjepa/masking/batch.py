@@ -21,9 +21,9 @@ from fastjepa_kernels import mask_distance
 class Masks:
     """Index sets of each mask group, ascending int64: `context` [B, Kc], `predict` [B, Kp].
 
-    `weights` [B, Kc] float32 are the distance weights of the context tokens; None means 1. With
-    `clips` each index set is of one clip alone, [1, K], and `clips` says of which: all clips of
-    the first group, then all of the next.
+    `weights` [B, Kc] float32 are the distance weights of the context tokens; None means 1. `clips`
+    says with which clip of the batch the index sets start, None with the first. Exact masks have
+    index sets of one clip alone, [1, K]: all clips of the first group, then all of the next.
     """
 
     context: tuple[Tensor, ...]
@@ -32,7 +32,7 @@ class Masks:
     clips: tuple[int, ...] | None = None
 
     def by_group(self) -> "list[Masks]":
-        """The masks of each group alone."""
+        """The masks of each group alone, where all clips have some."""
         size = 1 if self.clips is None else max(self.clips) + 1
         parts = [slice(low, low + size) for low in range(0, len(self.context), size)]
         return [
@@ -44,6 +44,29 @@ class Masks:
             )
             for part in parts
         ]
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that the context encoder and the predictor run: one a clip and group."""
+        return sum(map(len, self.context))
+
+    def halves(self) -> "list[Masks]":
+        """One group's masks of half its clips, then of the others; of one clip, all."""
+        cut = (self.sequences + 1) // 2
+
+        def part(of: slice, clips: tuple[int, ...]) -> Masks:
+            def chosen(sets: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                return tuple(index[of] for index in sets) if self.clips is None else sets[of]
+
+            weights = None if self.weights is None else chosen(self.weights)
+            return Masks(chosen(self.context), chosen(self.predict), weights, clips)
+
+        first, others = slice(cut), slice(cut, None)
+        if self.sequences == 1:
+            return [self]
+        if self.clips is None:
+            return [part(first, (0,)), part(others, (cut,))]
+        return [part(half, self.clips[half]) for half in (first, others)]
 
     def to(self, device: torch.device) -> "Masks":
         def move(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

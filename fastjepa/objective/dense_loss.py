@@ -51,18 +51,18 @@ def dense_loss(
     context_groups_BK: Sequence[Tensor],
     weights_BK: Sequence[Tensor] | None,
     context_weight: float,
+    num_tokens: int,
     clips: Sequence[int] | None = None,
 ) -> LossTerms:
     """`L = L_pred + lambda L_ctx` over all mask groups and levels.
 
     predicted_RP, context_RP: the predictor's rows before its heads, in the dtype the heads run
-    in. targets_MD: raw levels of the target encoder, all tokens. weights_BK: distance weights of
-    the context tokens, None for 1. The context term is left out, and None, if `context_weight` is
-    0. With `clips` an index set is of that one clip: groups have a term for each clip, all of one
-    weight, so that a clip weighs the same whatever it keeps.
+    in. targets_MD: raw levels of the target encoder, all tokens, `num_tokens` a clip. weights_BK:
+    distance weights of the context tokens, None for 1. The context term is left out, and None, if
+    `context_weight` is 0. `clips`: the clip that each index set starts with, None for the first.
+    Index sets have a term each, all of one weight: where each is of one clip, a clip weighs the
+    same whatever it keeps.
     """
-    num_clips = len(predict_groups_BK[0]) if clips is None else max(clips) + 1
-    num_tokens = len(targets_MD[0]) // num_clips
 
     def term(
         rows_RP: Tensor, head: nn.Linear, groups: Sequence[Tensor], weight_R: Tensor | None
@@ -81,6 +81,21 @@ def dense_loss(
     context, context_terms = term(context_RP, context_head, context_groups_BK, weight_R)
     total = predict + context_weight * context
     return LossTerms(total, predict, context, predict_terms, context_terms)
+
+
+def mean_of_clips(parts: Sequence[LossTerms], shares: Sequence[float]) -> LossTerms:
+    """The terms of a mask group [1, L] from those of parts of its clips, which make up `shares`."""
+
+    def mean(values: Sequence[Tensor | None]) -> Tensor | None:
+        known = [
+            share * (value.mean(0, keepdim=True) if value.ndim else value)
+            for value, share in zip(values, shares, strict=True)
+            if value is not None
+        ]
+        return torch.stack(known).sum(0) if known else None
+
+    names = ("total", "predict", "context", "predict_terms", "context_terms")
+    return LossTerms(*(mean([getattr(part, name) for part in parts]) for name in names))  # type: ignore[arg-type]
 
 
 def mean_of_groups(parts: Sequence[LossTerms]) -> LossTerms:

@@ -56,7 +56,8 @@ def step_activations(
     in_turn: bool = False,
 ) -> Activations:
     """Bytes held as the backward starts: the graphs of all mask groups, or with `in_turn` the
-    predictor's and the loss's of the largest group alone.
+    predictor's and the loss's of the largest pass alone, of the first group or of half the clips
+    of another.
 
     `value_bytes` is 2 for bf16 and 4 for float32 products, `stream_bytes` the width of the
     predictor's residual stream, float32 unless `engine.residual` says otherwise. With
@@ -80,9 +81,13 @@ def step_activations(
     else:
         context += encoder.depth * block
 
-    passes = [[group] for group in groups] if in_turn else [groups]
+    recomputed *= batch
+    passes = [(batch, groups)]
+    if in_turn:
+        first, *others = groups
+        passes = [(batch, [first]), *(((batch + 1) // 2, [group]) for group in others)]
     guessed = supervised = 0
-    for some in passes:
+    for clips, some in passes:
         lengths = [kept + predicted for kept, predicted in some]
         block = _block(predictor, lengths, value_bytes, scores)
         # The last norm's input, and the wide embedding around its GELU.
@@ -94,17 +99,17 @@ def step_activations(
             if keep_attention:
                 kept_rows += predictor.width * value_bytes + predictor.heads * _FLOAT32
             size += predictor.depth * sum(lengths) * kept_rows
-            recomputed = max(recomputed, block)
+            recomputed = max(recomputed, clips * block)
         else:
             size += predictor.depth * block
-        guessed, supervised = max(guessed, size), max(supervised, sum(lengths))
+        guessed = max(guessed, clips * size)
+        supervised = max(supervised, clips * sum(lengths))
     # Raw targets of the whole grid; the gradients of the predictor's rows and of the two heads.
-    loss = tokens.grid * predictor.out_width * _FLOAT32 + supervised * predictor.width * value_bytes
+    loss = batch * tokens.grid * predictor.out_width * _FLOAT32
+    loss += supervised * predictor.width * value_bytes
     heads = 2 * (predictor.width + 1) * predictor.out_width * _FLOAT32
     clip = tokens.grid * pixels * _FLOAT32
-    return Activations(
-        batch * context, batch * guessed, batch * loss + heads, batch * recomputed, batch * clip
-    )
+    return Activations(batch * context, guessed, loss + heads, recomputed, batch * clip)
 
 
 def block_activations(

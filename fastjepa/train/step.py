@@ -16,7 +16,13 @@ from fastjepa.model import Encoder, Predictor
 from fastjepa.model.encoder import Shown
 from fastjepa.model.predictor import Asked
 from fastjepa.model.segments import num_rows
-from fastjepa.objective.dense_loss import LossTerms, Objective, dense_loss, mean_of_groups
+from fastjepa.objective.dense_loss import (
+    LossTerms,
+    Objective,
+    dense_loss,
+    mean_of_clips,
+    mean_of_groups,
+)
 from fastjepa.observe.stages import stage
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
@@ -89,7 +95,8 @@ def forward_backward(
 
     With `engine.in_turn`, for one micro-batch, the predictor and the loss go through one mask
     group after the other, each back to the context features at once: the same sum, and only one
-    group's activations are held.
+    group's activations are held. From the second group on, when the first one's gradients are
+    held beside them, half of the clips go at a time.
     """
     if not engine.in_turn:
         found: list[LossTerms] = []
@@ -107,18 +114,24 @@ def forward_backward(
     with engine.autocast():
         (targets_MD,), levels_RD = _encode(jepa, batches)
     leaves = [level.detach().requires_grad_() for level in levels_RD]
-    groups = batch.masks.by_group()
-    rows = [num_rows(group.context) for group in groups]
-    parts = []
-    for group, *own_levels in zip(groups, *(leaf.split(rows) for leaf in leaves), strict=True):
-        with engine.autocast():
-            (part,) = _predict(jepa, batches, [group], [targets_MD], own_levels, engine.dtype)
-        with stage("backward"):
-            engine.backward(part.total * (batch.share / len(groups)))
-        parts.append(part.detached())
+    first, *others = batch.masks.by_group()
+    groups = [[first], *(group.halves() for group in others)]
+    rows = [num_rows(part.context) for parts in groups for part in parts]
+    levels = zip(*(leaf.split(rows) for leaf in leaves), strict=True)
+    found = []
+    for parts in groups:
+        shares = [part.sequences / first.sequences for part in parts]
+        terms = []
+        for part, share in zip(parts, shares, strict=True):
+            with engine.autocast():
+                (own,) = _predict(jepa, batches, [part], [targets_MD], next(levels), engine.dtype)
+            with stage("backward"):
+                engine.backward(own.total * (batch.share * share / len(groups)))
+            terms.append(own.detached())
+        found.append(mean_of_clips(terms, shares))
     with stage("backward"):
         torch.autograd.backward(levels_RD, [leaf.grad for leaf in leaves])
-    return [mean_of_groups(parts)]
+    return [mean_of_groups(found)]
 
 
 def _encode(
@@ -174,6 +187,7 @@ def _predict(
                 context_groups_BK=own.context,
                 weights_BK=own.weights,
                 context_weight=batch.context_weight,
+                num_tokens=math.prod(jepa.source.grid(batch.clip)),
                 clips=own.clips,
             )
             for number, (batch, own) in enumerate(zip(batches, masks, strict=True))

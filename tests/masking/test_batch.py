@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastjepa.masking.batch import MaskMaker, counts, distance_weights
 from fastjepa.masking.blocks import Blocks, covered
+from fastjepa_kernels import packed_rows
 
 SHORT, LONG = Blocks(8, (0.15, 0.15)), Blocks(2, (0.7, 0.7))
 IMAGE = Blocks(10, (0.15, 0.15))
@@ -205,6 +206,22 @@ def test_exact_masks_fall_into_groups_of_all_clips() -> None:
     assert torch.equal(groups[1].context[2], masks.context[5])
     (again,) = groups[1].by_group()
     assert again.context == groups[1].context
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_halves_of_a_group_are_its_clips_in_order(truncate: bool) -> None:
+    group = replace(maker(batch=3), truncate=truncate)(0).by_group()[1]
+    halves = group.halves()
+    assert [half.sequences for half in halves] == [2, 1]
+    assert [half.clips for half in halves] == ([(0,), (2,)] if truncate else [(0, 1), (2,)])
+    for name in ("context", "predict", "weights"):
+        rows = [row for half in halves for sets in getattr(half, name) for row in sets]
+        whole = [row for sets in getattr(group, name) for row in sets]
+        assert all(map(torch.equal, rows, whole))
+    # The rows of all tokens are those of the whole group.
+    packed = [packed_rows(half.context, 2048, half.clips) for half in halves]
+    assert torch.equal(torch.cat(packed), packed_rows(group.context, 2048, group.clips))
+    assert halves[1].halves() == [halves[1]]
 
 
 def test_counts_of_exact_masks_are_their_means() -> None:

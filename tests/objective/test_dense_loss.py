@@ -36,7 +36,7 @@ class Inputs:
             objective, predicted_RP=self.predicted, context_RP=self.context,
             predict_head=self.heads[0], context_head=self.heads[1], targets_MD=self.targets,
             predict_groups_BK=PREDICT, context_groups_BK=CONTEXT, weights_BK=weights,
-            context_weight=context_weight,
+            context_weight=context_weight, num_tokens=TOKENS,
         )  # fmt: skip
 
     def by_hand(

@@ -83,6 +83,7 @@ def test_groups_are_alive_together_unless_they_take_turns() -> None:
     copies = 2 * 4 * (40 + 10) * 64 * 2
     assert both.context == first.context + second.context + copies
     assert both.predictor > first.predictor + second.predictor
-    assert turns.predictor == max(first.predictor, second.predictor)
+    # Two clips: both of the first group, then one by one.
+    assert turns.predictor == max(first.predictor, second.predictor // 2)
     assert turns.context == both.context
     assert turns.total < both.total

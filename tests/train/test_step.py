@@ -250,14 +250,18 @@ def test_a_wider_frozen_teacher_teaches_its_last_level() -> None:
 
 
 @pytest.mark.parametrize("context_weight", [0.5, 0.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "clips"), [(torch.float32, 2), *((torch.float64, clips) for clips in (1, 2, 3))]
+)
 def test_mask_groups_in_turn_equal_the_packed_pass(
-    dtype: torch.dtype, context_weight: float
+    dtype: torch.dtype, clips: int, context_weight: float
 ) -> None:
+    """Of the second group half of the clips go at a time, however many they are."""
     found = []
     for in_turn in (False, True):
         jepa, engine, _ = make(dtype, in_turn=in_turn)
-        batch = replace(micro_batch(share=0.3, dtype=dtype), context_weight=context_weight)
+        batch = micro_batch(share=0.3, batch=clips, dtype=dtype)
+        batch = replace(batch, context_weight=context_weight)
         (terms,) = forward_backward(jepa, engine, [batch])
         found.append(
             (terms, {n: p.grad for n, p in named_parameters(jepa.encoder, jepa.predictor)})
@@ -269,11 +273,27 @@ def test_mask_groups_in_turn_equal_the_packed_pass(
     assert torch.allclose(packed.total, turns.total, **near)
     assert torch.allclose(packed.predict_terms, turns.predict_terms, **near)
     assert (packed.context is None) == (turns.context is None)
+    if packed.context is not None:
+        assert torch.allclose(packed.context, turns.context, **near)
+        assert torch.allclose(packed.context_terms, turns.context_terms, **near)
     for name, gradient in expected.items():
         if gradient is None:
             assert ours[name] is None
         else:
             assert torch.allclose(gradient, ours[name], **near), name
+
+
+@pytest.mark.parametrize(("image", "passes"), [(False, [3, 2, 1]), (True, [3])])
+def test_the_first_group_goes_whole_and_the_others_by_halves(
+    image: bool, passes: list[int]
+) -> None:
+    jepa, engine, _ = make(in_turn=True)
+    found: list[int] = []
+    jepa.predictor.register_forward_hook(
+        lambda network, given, rows: found.append(sum(map(len, given[1])))
+    )
+    forward_backward(jepa, engine, [micro_batch(image=image, batch=3)])
+    assert found == passes
 
 
 def clips_and_masks(
