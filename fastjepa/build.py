@@ -226,13 +226,13 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
     """Context encoder, predictor, target encoder (a copy of the first) and the teacher, if there
     is one, with their objective."""
     shared: dict[str, Any] = {
-        "checkpointing": recipe.model.checkpointing,
         "keep_attention": recipe.model.keep_attention,
         "attention": recipe.model.attention,
     }
     sizes = encoder_sizes(recipe, resolved)
     levels = resolved.encoder.levels
-    encoder = Encoder(**sizes, **shared).to(device)
+    checkpointing = recipe.model.checkpointing
+    encoder = Encoder(**sizes, **shared, checkpointing=bool(checkpointing)).to(device)
     predictor = Predictor(
         encoder_width=encoder.width,
         num_levels=len(levels),
@@ -246,6 +246,7 @@ def build_jepa(recipe: Recipe, resolved: Resolved, device: torch.device) -> Jepa
         interpolate_rope=recipe.model.interpolate_rope,
         rope=recipe.model.rope,
         residual=torch.bfloat16 if recipe.engine.residual == "bfloat16" else None,
+        checkpointing=checkpointing is True,
         **shared,
     ).to(device)
     linear = target_linear(recipe.engine.target_dtype, device, sizes["width"], sizes["mlp_width"])

@@ -16,6 +16,7 @@ from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
 from fastjepa.masking.batch import counts
 from fastjepa.observe.flops import (
+    Checkpointing,
     StepFlops,
     TokenNumbers,
     encoder_parameters,
@@ -162,7 +163,7 @@ class StreamCosts:
         stream: Stream,
         drawn: list[TokenNumbers],
         *,
-        checkpointing: bool,
+        checkpointing: Checkpointing,
         layout: Layout = "torch",
     ) -> Activations:
         """Bytes of a batch of `stream` in the largest of the steps `drawn`.

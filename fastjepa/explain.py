@@ -275,7 +275,11 @@ def _memory(recipe: Recipe, numbers: Estimate) -> Rows:
     yield "target encoder", f"{binary_size(states.ema)} (float32)"
     if states.teacher:
         yield "teacher", f"{binary_size(states.teacher)} (float32)"
-    kept = "block inputs only" if recipe.model.checkpointing else "plain blocks"
+    kept = {
+        False: "plain blocks",
+        True: "block inputs only",
+        "encoder": "block inputs only of the encoder",
+    }[recipe.model.checkpointing]
     yield (
         "activations",
         f"about {binary_size(held.total)} ({recipe.engine.dtype}, estimated for {kept} on a GPU: "

@@ -124,7 +124,7 @@ def _spelled(chosen: tuple[Change, ...]) -> Iterator[list[str]]:
 def _changes(recipe: Recipe, ranks: int, *, on_host: bool) -> list[Change]:
     """What could be changed, each in forms of rising strength that leave the samples of a step."""
     data, engine, found = recipe.data, recipe.engine, []
-    if not recipe.model.checkpointing:
+    if recipe.model.checkpointing is not True:
         found.append([["model.checkpointing=true"]])
     batches = {f"data.lengths.{i}.batch": length.batch for i, length in enumerate(data.lengths)}
     batches |= {"data.batch": data.batch} if data.video else {}

@@ -167,12 +167,12 @@ def _memory(plan: Plan) -> Rows:
             continue
         yield _KINDS[field.name], *(binary_size(size) if size else "-" for size in sizes)
     yield "buckets, gathered blocks", *(_or_none(layout.gathered) for layout in layouts)
-    for number, words in enumerate(("plain blocks", "checkpointed")):
+    for number, words in enumerate(_blocks(plan)):
         yield (
             f"activations, {words}",
             *(binary_size(layout.activations[number].total) for layout in layouts),
         )
-    for number, words in enumerate(("plain blocks", "checkpointed")):
+    for number, words in enumerate(_blocks(plan)):
         totals = [layout.total(checkpointing=bool(number)) for layout in layouts]
         yield (
             f"together, {words}",
@@ -183,6 +183,12 @@ def _memory(plan: Plan) -> Rows:
         )
 
 
+def _blocks(plan: Plan) -> tuple[str, str]:
+    """Words for the two of a pair."""
+    again = "encoder checkpointed" if plan.checkpointing == "encoder" else "checkpointed"
+    return "plain blocks", again
+
+
 def _or_none(size: float) -> str:
     return binary_size(size) if size else "-"
 
@@ -190,7 +196,7 @@ def _or_none(size: float) -> str:
 def _largest(plan: Plan) -> Rows:
     layouts = list(plan.layouts.values())
     for name in layouts[0].largest:
-        for number, words in enumerate(("plain blocks", "checkpointed")):
+        for number, words in enumerate(_blocks(plan)):
             yield f"{name}, {words}", *(f"{one.largest[name][number]:,}" for one in layouts)
 
 

@@ -15,7 +15,7 @@ from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
 from fastjepa.estimate import Estimate, Part, StreamCosts, estimate
-from fastjepa.observe.flops import TokenNumbers
+from fastjepa.observe.flops import Checkpointing, TokenNumbers
 from fastjepa.observe.footprint import Activations
 from fastjepa.observe.states import LAYOUTS, Layout, StateBytes
 from fastjepa.planning.balance import Roles
@@ -95,7 +95,8 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """One layout of the states on this many ranks; pairs are without and with checkpointing.
+    """One layout of the states on this many ranks; pairs are without and with checkpointing, of
+    the recipe's kind or else of all blocks.
 
     `gathered` are the bytes of communication buckets and of stage 3's gathered block;
     `activations` those of the largest stream at its batch; `largest` is the largest batch of each
@@ -130,7 +131,7 @@ class Plan:
     recompute: float
     samples: float
     steps: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     chosen: Layout
     layouts: dict[Layout, LayoutPlan]
     roles: tuple[Roles, ...] | None
@@ -233,9 +234,10 @@ def _layout(
     trained = sum(sizes)
     states, gathered = held_between_passes(costs, layout, ranks)
     room = int(cluster.usable) - states.total - gathered
+    again = costs.recipe.model.checkpointing or True
     plain, checkpointed = (
         largest_activations(costs, streams.values(), layout, checkpointing=checkpointing)
-        for checkpointing in (False, True)
+        for checkpointing in (False, again)
     )
     traffic = step_traffic(
         *sizes, layout=layout, ranks=ranks, passes=passes, value_bytes=costs.value_bytes,
@@ -257,7 +259,7 @@ def _layout(
         {
             name: (
                 _largest(costs, streams, name, layout, room, checkpointing=False),
-                _largest(costs, streams, name, layout, room, checkpointing=True),
+                _largest(costs, streams, name, layout, room, checkpointing=again),
             )
             for name in streams
         },
@@ -273,7 +275,7 @@ def _largest(
     layout: Layout,
     room: int,
     *,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> int:
     """The largest batch of a stream whose activations fit `room` bytes; 0 if none does.
 

@@ -9,7 +9,7 @@ from fastjepa.config.resolve import Resolved
 from fastjepa.config.schema import Recipe
 from fastjepa.config.streams import Stream
 from fastjepa.estimate import StreamCosts
-from fastjepa.observe.flops import block_parameters
+from fastjepa.observe.flops import Checkpointing, block_parameters
 from fastjepa.observe.footprint import Activations
 from fastjepa.observe.states import LAYOUTS, Layout, StateBytes, state_bytes
 from fastjepa.roles import share_of
@@ -63,7 +63,7 @@ def held_between_passes(costs: StreamCosts, layout: Layout, ranks: int) -> tuple
 
 
 def largest_activations(
-    costs: StreamCosts, streams: Iterable[Stream], layout: Layout, *, checkpointing: bool
+    costs: StreamCosts, streams: Iterable[Stream], layout: Layout, *, checkpointing: Checkpointing
 ) -> Activations:
     """Those of the stream that needs most where they take turns, of all where they are packed."""
     return costs.at_the_height(

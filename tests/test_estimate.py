@@ -62,8 +62,8 @@ def case(recipe_file: str, *overrides: str, device: str) -> Case:
     return Case(jepa, stream, masks.to(torch.device(device)), clip, estimated)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_small_steps_peak_is_what_is_allocated(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True, "encoder"])
+def test_a_small_steps_peak_is_what_is_allocated(checkpointing: bool | str) -> None:
     """Forward and backward on a CPU. Gradients, which are states, grow as activations go."""
     small = case(
         "configs/demo.yaml",

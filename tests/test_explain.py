@@ -114,6 +114,7 @@ def test_memory_is_the_larger_part_and_follows_the_recipe() -> None:
     assert held("model.checkpointing=true") < held()
     kept = held("model.checkpointing=true", "model.keep_attention=true")
     assert held("model.checkpointing=true") < kept < held()
+    assert held("model.checkpointing=true") < held("model.checkpointing=encoder") < held()
     assert held("model.attention=math") > held()
     assert held("engine.mask_groups=in_turn") < held()
     packed = costs("engine.micro_batches=packed", "data.mix=accumulate", "optim.accumulate=2")

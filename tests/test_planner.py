@@ -295,6 +295,20 @@ def test_a_terminal_shows_what_a_pipe_gets_and_json_has_the_numbers() -> None:
     assert tree["roles"][1]["image"]["share"] == 0.5
 
 
+def test_a_plan_with_the_encoder_checkpointed_lies_between() -> None:
+    every, found = (
+        plan("demo.yaml", f"model.checkpointing={blocks}") for blocks in ("true", "encoder")
+    )
+    assert 0 < found.recompute < every.recompute
+    assert any("encoder checkpointed" in line for line in as_text(tables(found)).splitlines())
+    for name, layout in found.layouts.items():
+        plain, again = (
+            layout.total(checkpointing=checkpointing) for checkpointing in (False, True)
+        )
+        assert every.layouts[name].total(checkpointing=True) < again < plain
+        assert plain == every.layouts[name].total(checkpointing=False)
+
+
 def test_the_command_prints_a_plan_and_answers_a_mistake_in_a_line() -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fastjepa.cli", "plan", "configs/demo.yaml", *words]

@@ -84,7 +84,7 @@ class Model(Sizes):
     tubelet: Positive = 2
     interpolate_rope: bool = True
     rope: Rope = "interleaved"
-    checkpointing: bool = False
+    checkpointing: bool | Literal["encoder"] = False
     keep_attention: bool = False
     attention: Literal[
         "auto", "sdpa", "varlen", "flash2", "flash3", "flash4", "xformers", "math"
@@ -94,7 +94,7 @@ class Model(Sizes):
     @model_validator(mode="after")
     def _fits(self) -> "Model":
         if self.keep_attention and not self.checkpointing:
-            raise ValueError("keep_attention: true goes with checkpointing: true; expected false")
+            raise ValueError("keep_attention: true goes with checkpointing; expected false")
         return self
 
 

@@ -8,11 +8,15 @@ bound by memory. Sizes follow docs/method.md, sections 2 and 4; footprint.py est
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
 # Operations a supervised value: 5 of the target's LayerNorm, then difference, power, weight, sum.
 _LOSS_FORWARD = 9
 # Its gradient: sign (or power), weight.
 _LOSS_BACKWARD = 2
+
+# Which blocks run again in the backward: all, none, or the context encoder's alone.
+Checkpointing = bool | Literal["encoder"]
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def step_flops(
     *,
     batch: int,
     target: EncoderNumbers | None = None,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     keep_attention: bool = False,
 ) -> StepFlops:
     """Operations of one step (docs/method.md, sections 2 to 5).
@@ -181,7 +185,7 @@ def step_flops(
     The target encoder (`target`, by default of the encoder's size) runs once, forward only, on the
     whole grid. Context encoder and predictor run once per mask group; backward costs twice the
     forward (once for the tokenizer, whose input needs no gradient). `checkpointing` repeats the
-    forward of the blocks, with `keep_attention` all but attention.
+    forward of the blocks, or of the `encoder`'s alone, with `keep_attention` all but attention.
     """
     groups = list(zip(tokens.context, tokens.predicted, strict=True))
     whole = encoder_flops(target or encoder, tokens.grid, image=tokens.image)
@@ -206,7 +210,9 @@ def step_flops(
             batch * again if checkpointing else 0,
         ),
         predictor=Flops(
-            batch * guessed, 2 * batch * guessed, batch * guessed_again if checkpointing else 0
+            batch * guessed,
+            2 * batch * guessed,
+            batch * guessed_again if checkpointing is True else 0,
         ),
         loss=Flops(_LOSS_FORWARD * batch * values, _LOSS_BACKWARD * batch * values),
     )

@@ -8,7 +8,7 @@ Workspace and the allocator's slack are not in it. docs/planning.md has the form
 
 from dataclasses import dataclass
 
-from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers
+from fastjepa.observe.flops import Checkpointing, EncoderNumbers, PredictorNumbers, TokenNumbers
 from fastjepa.observe.states import StateBytes
 
 _FLOAT32 = 4
@@ -50,7 +50,7 @@ def step_activations(
     batch: int,
     value_bytes: int = 2,
     stream_bytes: int = _FLOAT32,
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     keep_attention: bool = False,
     scores: bool = False,
     in_turn: bool = False,
@@ -61,8 +61,9 @@ def step_activations(
 
     `value_bytes` is 2 for bf16 and 4 for float32 products, `stream_bytes` the width of the
     predictor's residual stream, float32 unless `engine.residual` says otherwise. With
-    `checkpointing` a block keeps its input alone, with `keep_attention` attention's output and
-    float32 log-sum-exp too, and the largest single block comes on top.
+    `checkpointing` a block, or one of the `encoder` alone, keeps its input only, with
+    `keep_attention` attention's output and float32 log-sum-exp too, and the largest single block
+    comes on top.
     """
     groups = list(zip(tokens.context, tokens.predicted, strict=True))
     visible = sum(tokens.context)
@@ -94,7 +95,7 @@ def step_activations(
         size = sum(lengths) * predictor.width * stream_bytes
         if predictor.in_levels > 1:
             size += 2 * sum(kept for kept, _ in some) * predictor.in_width * value_bytes
-        if checkpointing:
+        if checkpointing is True:
             kept_rows = predictor.width * stream_bytes
             if keep_attention:
                 kept_rows += predictor.width * value_bytes + predictor.heads * _FLOAT32

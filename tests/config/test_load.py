@@ -222,7 +222,7 @@ recipes = st.builds(
         Model,
         name=st.sampled_from(["vit_tiny", "vit_gigantic"]),
         levels=st.none() | st.lists(st.integers(0, 40), max_size=4).map(tuple),
-        checkpointing=st.booleans(),
+        checkpointing=st.sampled_from([False, True, "encoder"]),
     ),
     data=st.builds(
         Data,

@@ -241,6 +241,12 @@ def test_the_parts_add_up_and_groups_add() -> None:
     target = 3 * encoder_flops(ENCODER, 24)
     assert step((7, 12), (3, 20)) - target == step((7, 12)) + step((3, 20)) - 2 * target
     assert step((7, 12), checkpointing=True) > step((7, 12))
+    tokens = TokenNumbers(24, (7,), (12,))
+    every, encoder = (
+        step_flops(ENCODER, PREDICTOR, tokens, batch=3, checkpointing=blocks)
+        for blocks in (True, "encoder")
+    )
+    assert encoder.recompute == every.context.recompute == encoder.context.recompute
     assert predictor_flops(PREDICTOR, 7, 12) < predictor_flops(PREDICTOR, 7, 13)
 
 

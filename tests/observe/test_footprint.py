@@ -1,6 +1,8 @@
 """The estimate against what autograd keeps for a plain PyTorch block, and its bookkeeping; a whole
 step's is in tests/test_estimate.py."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ PREDICTOR = PredictorNumbers(32, 3, 2, 128, 64, 2, 128)
 TOKENS = TokenNumbers(128, (40, 10), (60, 100))
 
 
-def held(tokens: TokenNumbers = TOKENS, **more: int) -> Activations:
+def held(tokens: TokenNumbers = TOKENS, **more: Any) -> Activations:
     return step_activations(ENCODER, PREDICTOR, tokens, batch=2, **more)
 
 
@@ -56,6 +58,9 @@ def test_checkpointing_and_a_narrower_dtype_save_and_scores_cost() -> None:
     assert saved.context < plain.context
     assert saved.predictor < plain.predictor
     assert plain.recomputed == 0 < saved.recomputed
+    encoder = held(checkpointing="encoder")
+    assert (encoder.context, encoder.predictor) == (saved.context, plain.predictor)
+    assert 0 < encoder.recomputed <= saved.recomputed
     assert held(scores=True).predictor > plain.predictor
     assert plain.total < held(value_bytes=4).total < 2 * plain.total
     assert held(checkpointing=True, stream_bytes=2).predictor < saved.predictor
