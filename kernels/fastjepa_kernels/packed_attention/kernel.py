@@ -397,7 +397,7 @@ def _case(
 
 
 # The predictor, ViT-L, the ends of what is taken, a head width that is no power of two.
-HEADS = ((12, 32), (16, 64), (8, 128), (4, 16), (16, 80))
+HEADS = ((12, 32), (16, 64), (8, 128), (16, 80))
 
 AHEAD_OF_TIME = [
     _case(kernel, heads, channels, "bf16", getattr(table[_block_c(channels)], part), capabilities)
