@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastjepa.bench.attention_case import PackedAttention
 from fastjepa.bench.case import Case, Forward
 from fastjepa.bench.loss_cases import DenseL1, DenseL1Overwriting, LinearDenseL1
 from fastjepa.bench.model_cases import EmaUpdate, Rope3d, Rope3dInPlace
@@ -22,7 +23,7 @@ CASES: dict[str, type[Case]] = {
     case.name: case
     for case in (
         DenseL1, DenseL1Overwriting, LinearDenseL1, MaskDistance, Rope3d, Rope3dInPlace,
-        GatherTokens, AssembleTokens, EmaUpdate,
+        GatherTokens, AssembleTokens, PackedAttention, EmaUpdate,
     )
 }  # fmt: skip
 

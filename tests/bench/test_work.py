@@ -27,6 +27,8 @@ BY_HAND = {
     # context rows and sequences, forward and backward; indices; mask token and embedding, with
     # gradients
     "assemble_tokens": 2 * (32 + 124) * 384 * 4 + 124 * 8 + 4 * 384 * 4,
+    # forward q, k, v and the output; backward these, its gradient and three more
+    "packed_attention": (4 + 8) * 124 * 384 * 4,
     "ema_update": 3 * 4 * sum(p.numel() for p in build_encoder("vit_tiny").parameters()),
 }
 
@@ -48,6 +50,12 @@ def test_operations_are_those_of_three_products() -> None:
     """Predictions, and the gradients of rows and weights: two operations a multiply-add."""
     assert CASES["linear_dense_l1"].work(TINY).flops == 3 * 2 * 124 * 768 * 384
     assert CASES["dense_l1"].work(TINY).flops == 0
+
+
+def test_operations_of_attention_are_those_of_seven_products() -> None:
+    """Two clips with sequences of 8 + 22 and of 8 + 24 tokens, 384 channels."""
+    squares = 2 * (30**2 + 32**2)
+    assert CASES["packed_attention"].work(TINY).flops == 7 * 2 * squares * 384
 
 
 def test_bytes_of_activations_follow_their_dtype() -> None:
