@@ -92,8 +92,8 @@ class Block(nn.Module):
         super().__init__()
         plain = linear is nn.Linear and rope == "interleaved"
         self.backend, self.rope = attention, rope
-        # Where the hand-written halves can work: on which device they are taken, if any; whether
-        # what lies around attention is compiled (block_compiled.py), which leaves no use for them.
+        # Which way by hand runs: `auto` by device, `cpu`, `gpu` or none. Whether what lies around
+        # attention is compiled (block_compiled.py), which leaves no use for them.
         self.by_hand: str | None = "auto" if plain else None
         self.compiled = False
         self.norm1 = LayerNorm(width, eps=EPS)
@@ -136,8 +136,10 @@ class Block(nn.Module):
 
     def way(self, x: Tensor) -> str | None:
         """Which of the hand-written ways runs on such rows, `cpu` or `gpu`; None for the plain."""
-        if self.by_hand != "auto" or self.compiled:
-            return None if self.compiled else self.by_hand
+        if self.compiled:
+            return None
+        if self.by_hand != "auto":
+            return self.by_hand
         if x.device.type == "cpu":
             return "cpu" if self.backend in ("auto", "sdpa") else None
         if x.dtype == torch.float64 or torch.compiler.is_compiling():
