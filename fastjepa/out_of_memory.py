@@ -30,8 +30,9 @@ _RAN_OUT = (
 )  # fmt: skip
 # The run's own plan did not fit, whatever the limit says: a remedy takes this share of it at most.
 _LESS = 0.8
-# Share of a limit that may be planned for: the rest is workspace, libraries and gaps.
-_USABLE = 0.9
+# Share of a limit that may be planned for: the rest is workspace, libraries and gaps, which on a
+# CPU are as much again as the tensors.
+_USABLE, _USABLE_ON_HOST = 0.9, 0.5
 
 
 class RanOutOfMemoryError(ValueError):
@@ -76,7 +77,8 @@ def _snapshot(recipe: Recipe) -> str:
 def remedies(recipe: Recipe, *, ranks: int, limit: MemoryLimit, on_host: bool) -> str:
     """What this run plans for, and the fewest changes of keys that plan for enough less."""
     planned = bytes_of_rank(recipe, resolve(recipe), ranks=ranks)
-    room = min(int(_USABLE * limit.bytes), int(_LESS * planned))
+    usable = _USABLE_ON_HOST if on_host else _USABLE
+    room = min(int(usable * limit.bytes), int(_LESS * planned))
     found = list(_fitting(recipe, ranks, room, on_host=on_host))
     about = f"a rank plans about {binary_size(planned)}, {limit.what} {binary_size(limit.bytes)}"
     if not found:

@@ -29,7 +29,7 @@ cli.main(sys.argv[1:])
 RECIPE = """
 run: {{folder: {folder}}}
 model: {{name: vit_tiny, depth: 6, predictor: {{width: 192, depth: 2, heads: 6}}}}
-data: {{image: package:sklearn/datasets/images, crop: 160, image_batch: 256, workers: 0}}
+data: {{image: package:sklearn/datasets/images, crop: 160, image_batch: 384, workers: 0}}
 train: {{steps: 1}}
 optim: {{warmup: 0}}
 objective: {{ramp: null}}

@@ -17,8 +17,9 @@ def test_a_run_writes_a_trace_with_every_stage(
     assert f"{path}: Chrome trace" in out
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
     ours = [e["name"].removeprefix("fastjepa: ") for e in events if "fastjepa: " in e["name"]]
-    # In each of two steps: a batch of videos, of two mask groups in turn, and one of images.
-    wanted = {"data wait": 2, "target": 2, "context": 2, "predictor": 3, "loss": 3, "backward": 5,
+    # In each of two steps: a batch of videos, whose second mask group goes through the predictor by
+    # halves after the first, and one of images.
+    wanted = {"data wait": 2, "target": 2, "context": 2, "predictor": 4, "loss": 4, "backward": 6,
               "optimizer": 1, "EMA": 1}  # fmt: skip
     assert {name: ours.count(name) for name in ours} == {n: 2 * k for n, k in wanted.items()}
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
