@@ -95,12 +95,16 @@ def _resources(op: str, case: str, capability: int, cubin: bytes, shared: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description="Compile all.")
     parser.add_argument("--capability", type=int, default=90, help="80, 90, 100, ...")
-    capability = parser.parse_args().capability
-    rows = [
-        asdict(compile_case(op, case, capability))
+    parser.add_argument("--once", action="store_true", help="one signature of each kernel alone")
+    args = parser.parse_args()
+    chosen = [
+        (op, case)
         for op, case in cases()
-        if case.capabilities[0] <= capability <= case.capabilities[1]
+        if case.capabilities[0] <= args.capability <= case.capabilities[1]
     ]
+    if args.once:
+        chosen = list({case.kernel.fn: (op, case) for op, case in chosen}.values())
+    rows = [asdict(compile_case(op, case, args.capability)) for op, case in chosen]
     json.dump(rows, sys.stdout, indent=1)
     print()
 
