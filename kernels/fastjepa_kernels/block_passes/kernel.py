@@ -30,15 +30,20 @@ COLUMNS, ROWS = 256, 8
 A_THREAD = 8
 
 
+@triton.jit
+def _tile(start, num_rows, d_D, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Where the channels d of rows `start` on lie, and which of them there are."""
+    row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
+    return row_R * WIDTH + d_D, (row_R < num_rows) & (d_D < WIDTH)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_norm(
     x_ptr, delta_ptr, sum_ptr, out_ptr, weight_ptr, bias_ptr, num_rows, eps,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row_R = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     d_D = tl.arange(0, BLOCK_D)[None, :]
-    inside = (row_R < num_rows) & (d_D < WIDTH)
-    place = row_R * WIDTH + d_D
+    place, inside = _tile(tl.program_id(0) * BLOCK_R, num_rows, d_D, WIDTH, BLOCK_R)
     x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
         x_RD += tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -64,9 +69,7 @@ def _standard(x_RD, d_D, WIDTH: tl.constexpr, eps):
 def _rows(
     x_ptr, dn_ptr, residual_ptr, start, num_rows, d_D, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr
 ):  # fmt: skip
-    row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
-    inside = (row_R < num_rows) & (d_D < WIDTH)
-    place = row_R * WIDTH + d_D
+    place, inside = _tile(start, num_rows, d_D, WIDTH, BLOCK_R)
     x_RD = tl.load(x_ptr + place, mask=inside, other=0.0)
     dn_RD = tl.load(dn_ptr + place, mask=inside, other=0.0)
     residual_RD = tl.load(residual_ptr + place, mask=inside, other=0.0)
@@ -97,9 +100,7 @@ def _norm_backward(
         next_x, next_dn, next_residual = _rows(
             x_ptr, dn_ptr, residual_ptr, start + step, num_rows, d_D, WIDTH, BLOCK_R
         )
-        row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
-        inside = (row_R < num_rows) & in_D
-        place = row_R * WIDTH + d_D
+        place, inside = _tile(start, num_rows, d_D, WIDTH, BLOCK_R)
         dn_RD = dn_RD.to(tl.float32)
         unit_RD, inverse_R = _standard(x_RD.to(tl.float32), d_D, WIDTH, eps)
         out_RD = unit_RD * weight_D + bias_D
@@ -143,10 +144,8 @@ def _gelu(
     WIDTH: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(WIDTH, BLOCK_F)
-    f_F = tl.program_id(0) % across * BLOCK_F + tl.arange(0, BLOCK_F)
-    row_R = (tl.program_id(0) // across * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
-    inside = (row_R < num_rows) & (f_F < WIDTH)[None, :]
-    place = row_R * WIDTH + f_F[None, :]
+    f_F = tl.program_id(0) % across * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    place, inside = _tile(tl.program_id(0) // across * BLOCK_R, num_rows, f_F, WIDTH, BLOCK_R)
     h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
     mass_RF, _ = _below(h_RF, EXACT)
     tl.store(a_ptr + place, (h_RF * mass_RF).to(a_ptr.dtype.element_ty), mask=inside)
@@ -161,9 +160,7 @@ def _gelu_backward(
     sum_RF = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     step = tl.num_programs(1) * BLOCK_R
     for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
-        row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
-        inside = (row_R < num_rows) & (f_F < WIDTH)[None, :]
-        place = row_R * WIDTH + f_F[None, :]
+        place, inside = _tile(start, num_rows, f_F[None, :], WIDTH, BLOCK_R)
         h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
         da_RF = tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
         mass_RF, density_RF = _below(h_RF, EXACT)
@@ -184,9 +181,8 @@ def _column_sums(
     sum_RF = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     step = tl.num_programs(1) * BLOCK_R
     for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
-        row_R = (start + tl.arange(0, BLOCK_R)[:, None]).to(tl.int64)
-        inside = (row_R < num_rows) & (f_F < WIDTH)[None, :]
-        x_RF = tl.load(x_ptr + row_R * WIDTH + f_F[None, :], mask=inside, other=0.0)
+        place, inside = _tile(start, num_rows, f_F[None, :], WIDTH, BLOCK_R)
+        x_RF = tl.load(x_ptr + place, mask=inside, other=0.0)
         sum_RF += x_RF.to(tl.float32)
     part_F = parts_ptr + tl.program_id(1).to(tl.int64) * WIDTH + f_F
     tl.store(part_F, tl.sum(sum_RF, 0), mask=f_F < WIDTH)

@@ -26,6 +26,14 @@ TILE, NUM_WARPS = 1024, 2
 
 
 @triton.jit
+def _turned(x_RC, cos_P, sin_P, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channel pairs of rows turned, in x's dtype."""
+    even_RP, odd_RP = tl.split(tl.reshape(x_RC.to(cos_P.dtype), (BLOCK_R, BLOCK_C // 2, 2)))
+    turned_RP2 = tl.join(even_RP * cos_P - odd_RP * sin_P, odd_RP * cos_P + even_RP * sin_P)
+    return tl.reshape(turned_RP2, (BLOCK_R, BLOCK_C)).to(x_RC.dtype)
+
+
+@triton.jit
 def _turn(
     x_ptr, table_ptr, index_ptr, out_ptr,
     num_tokens,
@@ -48,28 +56,11 @@ def _turn(
         x_RC = tl.load(
             x_ptr + b * x_b + n * x_n + part_R * x_3 + head_R * x_h + c_C, mask=in_RC, other=0.0
         )
-        even_RP, odd_RP = tl.split(tl.reshape(x_RC.to(cos_P.dtype), (BLOCK_R, BLOCK_C // 2, 2)))
-        turned_RC = tl.reshape(
-            tl.join(even_RP * cos_P - odd_RP * sin_P, odd_RP * cos_P + even_RP * sin_P),
-            (BLOCK_R, BLOCK_C),
-        )
-        y_RC = tl.where(row_R < 2 * HEADS, turned_RC.to(x_RC.dtype), x_RC)
+        y_RC = tl.where(row_R < 2 * HEADS, _turned(x_RC, cos_P, sin_P, BLOCK_R, BLOCK_C), x_RC)
         tl.store(
             out_ptr + b * out_b + n * out_n + part_R * out_3 + head_R * out_h + c_C,
             y_RC, mask=in_RC,
         )  # fmt: skip
-
-
-@triton.jit
-def _turned_back(part_ptr, out_ptr, part_h, out_h, cos_P, sin_P, head_H, in_HC, c_C,
-                 BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
-    x_HC = tl.load(part_ptr + head_H * part_h + c_C, mask=in_HC, other=0.0)
-    even_HP, odd_HP = tl.split(tl.reshape(x_HC.to(cos_P.dtype), (BLOCK_H, BLOCK_C // 2, 2)))
-    turned_HC = tl.reshape(
-        tl.join(even_HP * cos_P + odd_HP * sin_P, odd_HP * cos_P - even_HP * sin_P),
-        (BLOCK_H, BLOCK_C),
-    )
-    tl.store(out_ptr + head_H * out_h + c_C, turned_HC.to(x_HC.dtype), mask=in_HC)
 
 
 @triton.jit
@@ -91,14 +82,13 @@ def _pack(
     for first in range(0, HEADS, BLOCK_H):
         head_H = first + tl.arange(0, BLOCK_H)[:, None]
         in_HC = (head_H < HEADS) & (c_C < C)
-        _turned_back(
-            dq_ptr, out_ptr, q_h, out_h, cos_P, sin_P, head_H, in_HC, c_C, BLOCK_H, BLOCK_C
-        )
-        _turned_back(
-            dk_ptr, out_ptr + out_3, k_h, out_h, cos_P, sin_P, head_H, in_HC, c_C, BLOCK_H, BLOCK_C
-        )
+        out_HC = out_ptr + head_H * out_h + c_C
+        q_HC = tl.load(dq_ptr + head_H * q_h + c_C, mask=in_HC, other=0.0)
+        tl.store(out_HC, _turned(q_HC, cos_P, -sin_P, BLOCK_H, BLOCK_C), mask=in_HC)
+        k_HC = tl.load(dk_ptr + head_H * k_h + c_C, mask=in_HC, other=0.0)
+        tl.store(out_HC + out_3, _turned(k_HC, cos_P, -sin_P, BLOCK_H, BLOCK_C), mask=in_HC)
         v_HC = tl.load(dv_ptr + head_H * v_h + c_C, mask=in_HC, other=0.0)
-        tl.store(out_ptr + 2 * out_3 + head_H * out_h + c_C, v_HC, mask=in_HC)
+        tl.store(out_HC + 2 * out_3, v_HC, mask=in_HC)
 
 
 def rope3d(
@@ -118,7 +108,7 @@ def rope3d(
         *((0, 0) if index_BN is None else index_BN.stride()),
         HEADS=heads, C=channels, ROWS=(2 if out_BN3HC is x_BN3HC else 3) * heads,
         INDEXED=index_BN is not None, INVERSE=inverse,
-        BLOCK_R=_rows_of_a_tile(heads, block_c), BLOCK_C=block_c, num_warps=NUM_WARPS,
+        BLOCK_R=_rows_of_a_tile(3 * heads, block_c), BLOCK_C=block_c, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -131,17 +121,13 @@ def pack(
     _pack[(rows,)](
         dq_RHC, dk_RHC, dv_RHC, table_RC, out_R3HC,
         *dq_RHC.stride()[:2], *dk_RHC.stride()[:2], *dv_RHC.stride()[:2], table_RC.stride(0),
-        *out_R3HC.stride()[:3], HEADS=heads, C=channels, BLOCK_H=_heads_of_a_tile(heads, block_c),
+        *out_R3HC.stride()[:3], HEADS=heads, C=channels, BLOCK_H=_rows_of_a_tile(heads, block_c),
         BLOCK_C=block_c, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-def _heads_of_a_tile(heads: int, block_c: int) -> int:
-    return int(min(max(TILE // block_c, 1), triton.next_power_of_2(heads)))
-
-
-def _rows_of_a_tile(heads: int, block_c: int) -> int:
-    return int(min(max(TILE // block_c, 1), triton.next_power_of_2(3 * heads)))
+def _rows_of_a_tile(rows: int, block_c: int) -> int:
+    return int(min(max(TILE // block_c, 1), triton.next_power_of_2(rows)))
 
 
 def _case(
@@ -156,7 +142,7 @@ def _case(
     }  # fmt: skip
     constants: dict[str, Any] = {
         "HEADS": heads, "C": channels, "ROWS": rows * heads, "INDEXED": index is not None,
-        "INVERSE": inverse, "BLOCK_R": _rows_of_a_tile(heads, block_c), "BLOCK_C": block_c,
+        "INVERSE": inverse, "BLOCK_R": _rows_of_a_tile(3 * heads, block_c), "BLOCK_C": block_c,
     }  # fmt: skip
     if index is None:
         constants["index_ptr"] = None
@@ -185,7 +171,7 @@ def _pack_case(heads: int, channels: int) -> Case:
         **dict.fromkeys(pointers, "*bf16"), "table_ptr": "*fp32", **dict.fromkeys(strides, "i32"),
     }  # fmt: skip
     constants = {
-        "HEADS": heads, "C": channels, "BLOCK_H": _heads_of_a_tile(heads, block_c),
+        "HEADS": heads, "C": channels, "BLOCK_H": _rows_of_a_tile(heads, block_c),
         "BLOCK_C": block_c,
     }  # fmt: skip
     return Case(

@@ -107,17 +107,15 @@ def turned_gradient(
     _check(out_R3HC, table_RC2, None)
     if rows == 0:
         return out_R3HC
-    dq, dk, dv = (
-        part if part.stride(-1) == 1 else part.contiguous() for part in (dq_RHC, dk_RHC, dv_RHC)
-    )
+    dq, dk, dv = (_paired(part) for part in (dq_RHC, dk_RHC, dv_RHC))
     if use_triton(backend, dq_RHC):
         from . import kernel
 
         kernel.pack(dq, dk, dv, table_RC2.flatten(-2), out_R3HC)
         return out_R3HC
     factor_R1P = as_factor(_paired(table_RC2), inverse=True)[:, None]
-    rotate_into(_paired(dq), factor_R1P, out_R3HC[:, 0])
-    rotate_into(_paired(dk), factor_R1P, out_R3HC[:, 1])
+    rotate_into(dq, factor_R1P, out_R3HC[:, 0])
+    rotate_into(dk, factor_R1P, out_R3HC[:, 1])
     out_R3HC[:, 2].copy_(dv)
     return out_R3HC
 
