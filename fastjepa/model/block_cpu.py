@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.model import attention_cpu
+from fastjepa.model.autocast import product_dtype
 from fastjepa.model.products_cpu import (
     grad_input,
     grad_weight,
@@ -71,10 +72,6 @@ def mlp_half(x_RD: Tensor, norm: nn.LayerNorm, mlp: "Mlp", *, recompute: bool = 
 def widened(parameter: Tensor, x: Tensor) -> Tensor:
     """A norm's parameter in x's dtype where that holds more; LayerNorm takes none narrower."""
     return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 def _normed(x_RD: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Any:
@@ -150,7 +147,7 @@ class _AttentionHalf(torch.autograd.Function):
         shared,
         recompute,
     ) -> Tensor:
-        dtype = _product_dtype(x_RD)
+        dtype = product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
         outs, lses, kept = [], [], []
         for qkv in _queries_keys_values(
@@ -215,7 +212,7 @@ class _AttentionHalf(torch.autograd.Function):
 class _MlpHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps, recompute) -> Tensor:  # type: ignore[no-untyped-def]
-        dtype = _product_dtype(x_RD)
+        dtype = product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
         first = fc1_w.to(dtype), fc1_b.to(dtype)
         if any(ctx.needs_input_grad):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastjepa.model.autocast import product_dtype
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
     column_sums,
@@ -57,13 +58,6 @@ def after_attention(block: "Block", x_RD: Tensor, mixed_RD: Tensor) -> Tensor:
     return out
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    # Tensors without data know no autocast.
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else x.dtype
-
-
 def _linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     return torch.addmm(bias_O.to(x_RI.dtype), x_RI, weight_OI.t())
 
@@ -78,7 +72,7 @@ def _grad_weight(dy_RO: Tensor, x_RI: Tensor, dtype: torch.dtype) -> Tensor:
 class _Before(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD, norm_w, norm_b, qkv_w, qkv_b, eps, heads, table_RC2) -> Any:  # type: ignore[no-untyped-def]
-        dtype = _product_dtype(x_RD)
+        dtype = product_dtype(x_RD)
         _, n_RD = add_layer_norm(x_RD, None, norm_w, norm_b, eps=eps, dtype=dtype)
         weight = qkv_w.to(dtype)
         qkv_R3HC = _linear(n_RD, weight, qkv_b).unflatten(-1, (3, heads, -1))
@@ -106,7 +100,7 @@ class _After(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx: Any, x_RD, mixed_RD, proj_w, proj_b, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps
     ) -> Tensor:
-        dtype = _product_dtype(x_RD)
+        dtype = product_dtype(x_RD)
         ctx.eps, ctx.dtype = eps, proj_w.dtype
         mixed_RD = mixed_RD.to(dtype)
         proj_w, fc1_w, fc2_w = proj_w.to(dtype), fc1_w.to(dtype), fc2_w.to(dtype)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastjepa.model.autocast import product_dtype
+
 LARGEST = 448.0
 # Widths that the GPU's product takes.
 _STEP = 16
@@ -26,8 +28,7 @@ class Float8Linear(nn.Linear):
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """[R, I] -> [R, O], in autocast's dtype, or in that of the input without autocast."""
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        kind, dtype = input.device.type, product_dtype(input)
         x_RI, scale_R1 = rounded(input)
         weight_OI, scale_O1 = rounded(self.weight)
         if kind == "cuda":
