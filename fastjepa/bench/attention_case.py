@@ -14,6 +14,9 @@ from fastjepa.bench.case import Case, Forward, Work, leaf
 from fastjepa.bench.loss_cases import PREDICTOR_WIDTH
 from fastjepa.bench.official import Official
 from fastjepa.bench.shapes import Shape
+from fastjepa.model.attention import backend_named
+from fastjepa.model.attention_backends import Run, by_segment
+from fastjepa.model.segments import Segment, segments_of
 from fastjepa_kernels import packed_attention
 
 HEADS = 12
@@ -46,33 +49,25 @@ class PackedAttention(Case):
         return [packed_attention(q, k, v, self.starts, self.longest)]
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.qkv_R3HC, self.sequences
+        return self.qkv_R3HC, segments_of(self.sequences)
 
     @staticmethod
     def formula(*arguments: Any) -> list[Tensor]:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            scores_BHKK = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-            out: Tensor = scores_BHKK.softmax(-1) @ v
-            return out
-
-        return [_by_group(attend, *arguments)]
+        return _run(backend_named("math").run, *arguments)
 
     def official(self, official: Official) -> list[Tensor]:
-        return [_by_group(F.scaled_dot_product_attention, *self.arguments())]
+        return _run(by_segment(F.scaled_dot_product_attention), *self.arguments())
 
     def others(self) -> dict[str, Forward]:
-        if self.device.type != "cuda":
+        varlen = backend_named("varlen")
+        if varlen.refusal(self.device, self.shape.dtype, PREDICTOR_WIDTH // HEADS) is not None:
             return {}
-        from torch.nn.attention.varlen import varlen_attn
+        return {"varlen_attn": lambda: _run(varlen.run, *self.arguments())}
 
-        def varlen() -> list[Tensor]:
-            starts, longest = self.starts, self.longest
-            q, k, v = self.qkv_R3HC.unbind(1)
-            out = varlen_attn(q, k, v, starts, starts, longest, longest)
-            assert isinstance(out, Tensor)
-            return [out]
 
-        return {"varlen_attn": varlen} if self.shape.dtype.itemsize == 2 else {}
+def _run(attend: Run, qkv_R3HC: Tensor, segments: Sequence[Segment]) -> list[Tensor]:
+    q, k, v = qkv_R3HC.unbind(1)
+    return [attend(q, k, v, segments)]
 
 
 def _sequences(shape: Shape) -> list[tuple[int, int]]:
@@ -82,12 +77,3 @@ def _sequences(shape: Shape) -> list[tuple[int, int]]:
         (len(context), context.shape[1] + predict.shape[1])
         for context, predict in zip(masks.context, masks.predict, strict=True)
     ]
-
-
-def _by_group(attend: Any, qkv_R3HC: Tensor, sequences: Sequence[tuple[int, int]]) -> Tensor:
-    groups = qkv_R3HC.split([count * length for count, length in sequences])
-    parts = []
-    for group, (count, length) in zip(groups, sequences, strict=True):
-        q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in group.unbind(1))
-        parts.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)

@@ -87,8 +87,8 @@ def sequence_starts(segments: tuple[Segment, ...], device: torch.device) -> Tens
         return torch.cat([*starts, end])
 
 
-def _by_segment(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
-    """A kernel for [B, H, K, C], one segment after the other."""
+def by_segment(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+    """A backend of a kernel for [B, H, K, C], one segment after the other."""
 
     def run(q_RHC: Tensor, k_RHC: Tensor, v_RHC: Tensor, segments: Sequence[Segment]) -> Tensor:
         # Their gradients come together in one copy.
@@ -194,8 +194,8 @@ def _block_diagonal(segments: tuple[Segment, ...], device: torch.device) -> obje
 
 
 ALL = (
-    Backend("sdpa", _by_segment(_sdpa), needs_cuda=False),
-    Backend("cudnn", _by_segment(_cudnn), channels=(8, 128, 8), plans=True),
+    Backend("sdpa", by_segment(_sdpa), needs_cuda=False),
+    Backend("cudnn", by_segment(_cudnn), channels=(8, 128, 8), plans=True),
     Backend("triton", _triton, "triton", channels=(16, 128, 8)),
     Backend("varlen", _varlen),
     Backend("flash2", _flash2, "flash_attn.flash_attn_interface"),
@@ -205,5 +205,5 @@ ALL = (
         "xformers", _xformers, "xformers",
         dtypes=(*_HALF, torch.float32), capability=(7, 0), channels=(8, 128, 8),
     ),
-    Backend("math", _by_segment(_formula), needs_cuda=False),
+    Backend("math", by_segment(_formula), needs_cuda=False),
 )  # fmt: skip
