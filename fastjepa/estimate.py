@@ -103,6 +103,7 @@ class StreamCosts:
         # Whether all streams go through a step as one sequence.
         self.packs_streams = recipe.engine.micro_batches == "packed" and not self._alternates
         self.value_bytes = 2 if recipe.engine.dtype == "bfloat16" else 4
+        self.by_hand = recipe.engine.compile is None and recipe.model.rope == "interleaved"
         self._drawn: dict[tuple[int, int], list[TokenNumbers]] = {}
 
     def tokens(self, stream: Stream) -> list[TokenNumbers]:
@@ -143,7 +144,7 @@ class StreamCosts:
                 state_bytes(
                     self.encoder_parameters, self.predictor_parameters,
                     layout="torch", value_bytes=self.value_bytes,
-                    teacher=self.teacher_parameters,
+                    teacher=self.teacher_parameters, by_hand=self.by_hand,
                 ),
                 self.activations(stream, drawn, checkpointing=model.checkpointing),
             ),
@@ -181,7 +182,7 @@ class StreamCosts:
                     keep_attention=self.recipe.model.keep_attention,
                     scores=self.recipe.model.attention == "math",
                     in_turn=alone and own.mask_groups == "in_turn",
-                    by_hand=own.compile is None and self.recipe.model.rope == "interleaved",
+                    by_hand=self.by_hand,
                 )
                 for tokens in drawn
             ),

@@ -163,7 +163,7 @@ def _memory(plan: Plan) -> Rows:
     layouts = list(plan.layouts.values())
     for field in fields(StateBytes):
         sizes = [getattr(layout.states, field.name) for layout in layouts]
-        if field.name in ("teacher", "host") and not any(sizes):
+        if field.name in ("casts", "teacher", "host") and not any(sizes):
             continue
         yield _KINDS[field.name], *(binary_size(size) if size else "-" for size in sizes)
     yield "buckets, gathered blocks", *(_or_none(layout.gathered) for layout in layouts)

@@ -51,6 +51,7 @@ def held_between_passes(costs: StreamCosts, layout: Layout, ranks: int) -> tuple
     states = state_bytes(
         *sizes, layout=layout, ranks=ranks, value_bytes=costs.value_bytes,
         offload=costs.recipe.engine.offload, teacher=costs.teacher_parameters,
+        by_hand=costs.by_hand,
     )  # fmt: skip
     gathered = 0
     if layout != "torch" and ranks > 1:

@@ -92,9 +92,12 @@ def _make_launches_visible() -> None:
 
 
 def _own_kernels(event: FunctionEvent) -> int:
-    """Kernels among an event and those below it; an operation is one if none is below it."""
+    """Kernels among an event and those below it; an operation is one if none is below it, and so
+    is one on a list of tensors."""
     if event.name == _LAUNCH:
         return 0
+    if event.name.startswith("aten::_foreach_"):
+        return 1
     below = sum(_own_kernels(child) for child in event.cpu_children)
     return below or int(event.name.startswith("aten::") and event.name not in _NO_KERNEL)
 

@@ -7,13 +7,15 @@ Written op by op, a block spends a third of a GPU's time in passes over rows. He
   gradient are one (fastjepa_kernels.block_passes);
 - q and k are rotated where the product wrote them, and their gradients turned back while the three
   are packed;
-- LayerNorm's and GELU's outputs are made again in the backward, not saved;
+- LayerNorm's and GELU's outputs are made again in the backward, not saved, and so are the weights
+  in the products' dtype, all of a node in one launch;
 - gradients of weights come out of the products in float32.
 The numbers are those of block.py to rounding. Attention lies between the two, by any backend.
 
 Shapes: R packed rows, D width, H heads, C head channels, F MLP width.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,8 +60,17 @@ def after_attention(block: "Block", x_RD: Tensor, mixed_RD: Tensor) -> Tensor:
     return out
 
 
+def _for_products(dtype: torch.dtype, *parameters: Tensor) -> Sequence[Tensor]:
+    """The parameters in the products' dtype: themselves, as under ZeRO, or copies."""
+    if all(parameter.dtype == dtype for parameter in parameters):
+        return parameters
+    copies = [torch.empty_like(parameter, dtype=dtype) for parameter in parameters]
+    torch._foreach_copy_(copies, parameters)
+    return copies
+
+
 def _linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    return torch.addmm(bias_O.to(x_RI.dtype), x_RI, weight_OI.t())
+    return torch.addmm(bias_O, x_RI, weight_OI.t())
 
 
 def _grad_weight(dy_RO: Tensor, x_RI: Tensor, dtype: torch.dtype) -> Tensor:
@@ -74,23 +85,22 @@ class _Before(torch.autograd.Function):
     def forward(ctx: Any, x_RD, norm_w, norm_b, qkv_w, qkv_b, eps, heads, table_RC2) -> Any:  # type: ignore[no-untyped-def]
         dtype = product_dtype(x_RD)
         _, n_RD = add_layer_norm(x_RD, None, norm_w, norm_b, eps=eps, dtype=dtype)
-        weight = qkv_w.to(dtype)
-        qkv_R3HC = _linear(n_RD, weight, qkv_b).unflatten(-1, (3, heads, -1))
+        qkv_R3HC = _linear(n_RD, *_for_products(dtype, qkv_w, qkv_b)).unflatten(-1, (3, heads, -1))
         turn_rows_(qkv_R3HC, table_RC2)
-        # The weight as the product took it: under ZeRO, whose weights are narrow, that is itself.
-        ctx.save_for_backward(x_RD, norm_w, norm_b, weight, table_RC2)
-        ctx.eps, ctx.dtype = eps, qkv_w.dtype
+        ctx.save_for_backward(x_RD, norm_w, norm_b, qkv_w, table_RC2)
+        ctx.eps = eps
         return x_RD, *qkv_R3HC.unbind(1)
 
     @staticmethod
     def backward(ctx: Any, dx_RD, dq_RHC, dk_RHC, dv_RHC) -> Any:  # type: ignore[no-untyped-def]
-        x_RD, norm_w, norm_b, weight, table_RC2 = ctx.saved_tensors
+        x_RD, norm_w, norm_b, qkv_w, table_RC2 = ctx.saved_tensors
         dqkv = turned_gradient(dq_RHC, dk_RHC, dv_RHC, table_RC2).flatten(1)
+        (weight,) = _for_products(dqkv.dtype, qkv_w)
         norm = layer_norm_backward(
             dqkv @ weight, x_RD, dx_RD, norm_w, norm_b, eps=ctx.eps, narrow=False
         )
-        dqkv_w = _grad_weight(dqkv, norm.normed_RD, ctx.dtype)
-        dqkv_b = column_sums(dqkv).to(ctx.dtype)
+        dqkv_w = _grad_weight(dqkv, norm.normed_RD, qkv_w.dtype)
+        dqkv_b = column_sums(dqkv).to(qkv_w.dtype)
         dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
         return norm.dx_RD, *dnorm, dqkv_w, dqkv_b, None, None, None
 
@@ -101,34 +111,38 @@ class _After(torch.autograd.Function):
         ctx: Any, x_RD, mixed_RD, proj_w, proj_b, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps
     ) -> Tensor:
         dtype = product_dtype(x_RD)
-        ctx.eps, ctx.dtype = eps, proj_w.dtype
         mixed_RD = mixed_RD.to(dtype)
-        proj_w, fc1_w, fc2_w = proj_w.to(dtype), fc1_w.to(dtype), fc2_w.to(dtype)
+        # Two of each: the weight and the bias.
+        narrow = _for_products(dtype, proj_w, proj_b, fc1_w, fc1_b, fc2_w, fc2_b)
+        proj, fc1, fc2 = narrow[:2], narrow[2:4], narrow[4:]
         x_RD, n_RD = add_layer_norm(
-            x_RD, _linear(mixed_RD, proj_w, proj_b), norm_w, norm_b, eps=eps, dtype=dtype
+            x_RD, _linear(mixed_RD, *proj), norm_w, norm_b, eps=eps, dtype=dtype
         )
-        h_RF = _linear(n_RD, fc1_w, fc1_b)
+        h_RF = _linear(n_RD, *fc1)
         del n_RD
         if not any(ctx.needs_input_grad):
-            own: Tensor = x_RD.add_(_linear(gelu(h_RF, overwrite=True), fc2_w, fc2_b))
+            own: Tensor = x_RD.add_(_linear(gelu(h_RF, overwrite=True), *fc2))
             return own
         ctx.save_for_backward(x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w)
-        out: Tensor = x_RD + _linear(gelu(h_RF), fc2_w, fc2_b)
+        ctx.eps = eps
+        out: Tensor = x_RD + _linear(gelu(h_RF), *fc2)
         return out
 
     @staticmethod
     def backward(ctx: Any, dy_RD) -> Any:  # type: ignore[no-untyped-def]
         x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w = ctx.saved_tensors
-        dy = dy_RD.to(mixed_RD.dtype)
-        dfc2_b = column_sums(dy).to(ctx.dtype)
-        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, dy @ fc2_w)
-        dfc2_w = _grad_weight(dy, a_RF, ctx.dtype)
+        dtype, own = mixed_RD.dtype, proj_w.dtype
+        proj, fc1, fc2 = _for_products(dtype, proj_w, fc1_w, fc2_w)
+        dy = dy_RD.to(dtype)
+        dfc2_b = column_sums(dy).to(own)
+        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, dy @ fc2)
+        dfc2_w = _grad_weight(dy, a_RF, own)
         del h_RF, a_RF, dy
-        norm = layer_norm_backward(dh_RF @ fc1_w, x_RD, dy_RD, norm_w, norm_b, eps=ctx.eps)
-        dfc1_w = _grad_weight(dh_RF, norm.normed_RD, ctx.dtype)
+        norm = layer_norm_backward(dh_RF @ fc1, x_RD, dy_RD, norm_w, norm_b, eps=ctx.eps)
+        dfc1_w = _grad_weight(dh_RF, norm.normed_RD, own)
         del dh_RF
         dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
-        dmixed_RD = norm.narrow_RD @ proj_w
-        dproj_w = _grad_weight(norm.narrow_RD, mixed_RD, ctx.dtype)
-        grads = norm.dx_RD, dmixed_RD, dproj_w, norm.dx_sum_D.to(ctx.dtype), *dnorm
-        return *grads, dfc1_w, dfc1_b.to(ctx.dtype), dfc2_w, dfc2_b, None
+        dmixed_RD = norm.narrow_RD @ proj
+        dproj_w = _grad_weight(norm.narrow_RD, mixed_RD, own)
+        grads = norm.dx_RD, dmixed_RD, dproj_w, norm.dx_sum_D.to(own), *dnorm
+        return *grads, dfc1_w, dfc1_b.to(own), dfc2_w, dfc2_b, None

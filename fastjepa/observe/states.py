@@ -1,10 +1,10 @@
 """Bytes of weights, gradients, moments and the target on one rank, by the way they are laid out.
 
 `torch` is one process: everything in float32, the target among it, and bf16 copies of the weights
-where autocast makes them. `zero0` to `zero3` are DeepSpeed's ZeRO stages: weights, gradients and
-the target in the working dtype, and in float32 a master copy, two moments and the EMA that the
-target is cast from. A stage says which kinds are split over the ranks. docs/planning.md has the
-table.
+where autocast makes and keeps them. `zero0` to `zero3` are DeepSpeed's ZeRO stages: weights,
+gradients and the target in the working dtype, and in float32 a master copy, two moments and the
+EMA that the target is cast from. A stage says which kinds are split over the ranks.
+docs/planning.md has the table.
 """
 
 from dataclasses import dataclass, fields
@@ -53,12 +53,14 @@ def state_bytes(
     value_bytes: int = _BF16,
     offload: bool = False,
     teacher: int = 0,
+    by_hand: bool = True,
 ) -> StateBytes:
     """Bytes per rank for so many parameters of the encoder, the predictor and a frozen teacher.
 
-    `value_bytes` is 2 for products in bf16, which in layout `torch` are autocast's copies, and 4
-    for float32. `offload` moves ZeRO's masters, moments and EMA to the host. Shards are padded to
-    one size. Raises ValueError for less than one rank.
+    `value_bytes` is 2 for products in bf16 and 4 for float32. In layout `torch` autocast keeps
+    copies of the weights for the backward, but not where blocks run `by_hand`. `offload` moves
+    ZeRO's masters, moments and EMA to the host. Shards are padded to one size. Raises ValueError
+    for less than one rank.
     """
     if ranks < 1:
         raise ValueError(f"ranks: expected at least 1, got {ranks}")
@@ -66,7 +68,7 @@ def state_bytes(
     if layout == "torch":
         return StateBytes(
             weights=_FLOAT32 * trained,
-            casts=value_bytes * trained if value_bytes < _FLOAT32 else 0,
+            casts=value_bytes * trained if value_bytes < _FLOAT32 and not by_hand else 0,
             gradients=_FLOAT32 * trained,
             master=0,
             moments=2 * _FLOAT32 * trained,

@@ -167,6 +167,24 @@ def test_frozen_weights_and_inputs_are_allowed(way: str) -> None:
     assert all(p.grad is None for p in block.parameters())
 
 
+def test_on_a_gpu_no_copy_of_a_weight_is_kept_for_the_backward() -> None:
+    """Under autocast a step would hold a bfloat16 copy of every weight of the encoder."""
+    block, (x, tables) = make_block("gpu"), make_input([(2, 9)])
+    weights = [parameter for parameter in block.parameters() if parameter.ndim > 1]
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        block(x.requires_grad_(), tables, segments_of([(2, 9)]))
+    shapes = {weight.shape for weight in weights}
+    like_weights = {tensor.data_ptr() for tensor in kept if tensor.shape in shapes}
+    assert like_weights == {weight.data_ptr() for weight in weights}
+
+
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
     with pytest.raises(ValueError, match="heads: expected a divisor of width 24, got 5"):
         Block(24, 5, 40)
