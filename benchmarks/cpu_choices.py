@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.model import attention_cpu
-from fastjepa.model.products_cpu import multiplies_bfloat16
+from fastjepa_kernels.precision import multiplies_bfloat16
 
 PRODUCTS = ((4096, 384, 1536), (4096, 1536, 384), (1120, 384, 1536), (448, 192, 768))
 SEQUENCES = ((1, 12, 2048, 32), (1, 12, 1024, 32), (1, 6, 608, 64), (4, 12, 236, 32))

@@ -19,6 +19,7 @@ from fastjepa.bench.traffic import Traffic
 from fastjepa.masking.batch import Masks
 from fastjepa.observe.profile import profiler
 from fastjepa.observe.stages import StageClock
+from fastjepa_kernels.precision import as_multiplied
 
 Step = Callable[[Tensor, Masks], float]
 ClipAndMasks = tuple[Tensor, Masks]
@@ -89,10 +90,12 @@ def traced(
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a large square product: the best of some rounds."""
+    """Operations a second of a large square product of `dtype`, multiplied in what is fast there:
+    the best of some rounds."""
     side = _SIDE[device.type]
     random = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(side, side, device=device, generator=random).to(dtype) for _ in range(2))
+    numbers = (torch.randn(side, side, device=device, generator=random) for _ in range(2))
+    a, b = (as_multiplied(matrix.to(dtype)) for matrix in numbers)
     out = torch.empty_like(a)
     rounds = calls_in_turn({"product": [lambda: torch.mm(a, b, out=out)]}, device, repeats=5)
     return 2 * side**3 / min(rounds["product"])

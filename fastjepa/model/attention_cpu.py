@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastjepa.model import attention_products
-from fastjepa.model.products_cpu import multiplies_bfloat16, wide_vectors
+from fastjepa.model.products_cpu import wide_vectors
+from fastjepa_kernels.precision import multiplies_bfloat16
 
 # From this length on the flash kernel takes 256 queries at a time, and keys are worth splitting
 # likewise.
@@ -27,7 +28,8 @@ _aten = torch.ops.aten
 
 def attention_dtype(dtype: torch.dtype, length: int) -> torch.dtype:
     """The dtype in which sequences of `length` tokens run fastest without losing precision."""
-    return torch.float32 if dtype == torch.bfloat16 and length < LONG_IN_BFLOAT16 else dtype
+    worth_it = length >= LONG_IN_BFLOAT16 and multiplies_bfloat16()
+    return torch.float32 if dtype == torch.bfloat16 and not worth_it else dtype
 
 
 def _by_products(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:

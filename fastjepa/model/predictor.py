@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastjepa.model.autocast import Linear
 from fastjepa.model.block import EPS, Block, LayerNorm
 from fastjepa.model.checkpointing import run_checkpointed
 from fastjepa.model.init import initialise, modality_embedding
@@ -76,12 +77,12 @@ class Predictor(nn.Module):
         self.head_dim, self.patch, self.interpolate_rope = width // heads, patch, interpolate_rope
         self.checkpointing, self.keep_attention, self.rope = checkpointing, keep_attention, rope
         if num_levels == 1:
-            self.predictor_embed: nn.Module = nn.Linear(encoder_width, width)
+            self.predictor_embed: nn.Module = Linear(encoder_width, width)
         else:
             self.predictor_embed = nn.Sequential(
-                nn.Linear(num_levels * encoder_width, encoder_width),
+                Linear(num_levels * encoder_width, encoder_width),
                 nn.GELU(),
-                nn.Linear(encoder_width, width),
+                Linear(encoder_width, width),
             )
         self.mask_tokens = nn.ParameterList(
             nn.Parameter(torch.zeros(1, 1, width)) for _ in range(num_mask_tokens)
@@ -94,8 +95,8 @@ class Predictor(nn.Module):
         )
         self.predictor_norm = LayerNorm(width, eps=EPS)
         channels = num_levels * (out_width or encoder_width)
-        self.predictor_proj = nn.Linear(width, channels)
-        self.predictor_proj_context = nn.Linear(width, channels)
+        self.predictor_proj = Linear(width, channels)
+        self.predictor_proj_context = Linear(width, channels)
         initialise(self, self.predictor_blocks)  # type: ignore[arg-type]
 
     def forward(

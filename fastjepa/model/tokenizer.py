@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from fastjepa.model.autocast import linear
 
 
 class Tokenizer(nn.Module):
@@ -48,4 +49,5 @@ class Tokenizer(nn.Module):
             patches_RP = tiles.flatten(4).flatten(0, 3)
         if self.gate is not None:
             patches_RP = self.gate(patches_RP)
-        return F.linear(patches_RP, self.proj.weight.flatten(1), self.proj.bias)
+        bias: Tensor = self.proj.bias  # type: ignore[assignment]
+        return linear(patches_RP, self.proj.weight.flatten(1), bias)

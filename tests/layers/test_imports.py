@@ -16,7 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "fastjepa": {"fastjepa.pretrained"},
     "fastjepa.presets": set(),
     "fastjepa.durable": set(),
-    "fastjepa.observe": {"fastjepa.durable"},
+    "fastjepa.observe": {"fastjepa_kernels", "fastjepa.durable"},
     "fastjepa.data": {"fastjepa.durable"},
     "fastjepa.config": {"fastjepa.presets"},
     "fastjepa.checkpoint": {"fastjepa", "fastjepa.durable", "fastjepa.presets"},

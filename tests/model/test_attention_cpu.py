@@ -109,8 +109,14 @@ def test_scores_too_large_for_an_exponential_take_the_flash_kernel() -> None:
     assert not attention_products.scores_are_small(q, k)
 
 
-def test_bfloat16_runs_in_float32_where_that_is_faster() -> None:
+@pytest.mark.parametrize("able", [False, True])
+def test_bfloat16_runs_in_float32_where_that_is_faster(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On short sequences, and on a processor without products in bfloat16."""
+    monkeypatch.setattr(attention_cpu, "multiplies_bfloat16", lambda: able)
     assert attention_dtype(torch.bfloat16, 10) == torch.float32
-    assert attention_dtype(torch.bfloat16, LONG_IN_BFLOAT16) == torch.bfloat16
+    long = attention_dtype(torch.bfloat16, LONG_IN_BFLOAT16)
+    assert long == (torch.bfloat16 if able else torch.float32)
     assert attention_dtype(torch.float32, LONG) == torch.float32
     assert attention_dtype(torch.float64, 10) == torch.float64

@@ -15,6 +15,7 @@ from fastjepa.model.products_cpu import (
     linear_add,
     linear_gelu,
 )
+from fastjepa_kernels import precision
 
 SHAPES = [(1, 8, 8), (7, 24, 16), (50, 16, 48), (MANY_ROWS, 8, 24)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -53,6 +54,28 @@ def test_each_product_is_the_plain_one(
     close(linear_add(x, dy, weight, bias), DY + exact, dtype, terms=wide)
     close(grad_input(dy, weight), DY @ W, dtype, terms=out)
     close(grad_weight(dy, x), DY.t() @ X, dtype, terms=len(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_where_bfloat16_is_slow_a_product_is_the_one_in_float32_rounded(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+    x, weight, bias, dy = inputs((50, 16, 48), torch.bfloat16)
+    X, W, b, DY = (t.float() for t in (x, weight, bias, dy))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = [
+            linear(x, weight, bias), linear_gelu(x, weight, bias), linear_add(x, dy, weight, bias),
+            grad_input(dy, weight), grad_weight(dy, x),
+        ]  # fmt: skip
+        wide = linear_add(x, DY, weight, bias)
+    plain = [
+        linear(X, W, b), linear_gelu(X, W, b), linear_add(X, DY, W, b), grad_input(DY, W),
+        grad_weight(DY, X),
+    ]  # fmt: skip
+    for rounded, exact in zip(found, plain, strict=True):
+        assert torch.equal(rounded, exact.bfloat16())
+    assert torch.equal(wide, plain[2])
 
 
 def test_a_wider_residual_keeps_its_precision() -> None:

@@ -19,7 +19,7 @@ from ..backend import Backend
 from ..block_passes.op import column_sums
 from ..checks import check_same_device
 from ..library import custom_op
-from ..precision import wide
+from ..precision import as_multiplied, wide
 from .comparison import Comparison, GroupWeights, checked
 from .gradient import scaled
 from .op import implementation, losses_like, new_sums
@@ -63,6 +63,7 @@ def linear_dense_l1(
     if bias_E.shape != weight_EP.shape[:1]:
         raise ValueError(f"bias: expected [{len(weight_EP)}], got {tuple(bias_E.shape)}")
     check_same_device(prediction=x_RP, weight=weight_EP, bias=bias_E)
+    x_RP = as_multiplied(x_RP)
     comparison = checked(
         x_RP, weight_EP.shape[0], targets_MD, row_R, group_sizes, token_weight_R, level_weights,
         group_weights, exponent, smooth, normalize_target, normalize_prediction, eps,
