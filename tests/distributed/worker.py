@@ -2,6 +2,7 @@
 group. The first rank writes their findings: worker.py OUT.json, or worker.py OUT.json STEPS for
 longer loss curves alone."""
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -39,6 +40,20 @@ def error(found: list[float], wanted: list[float]) -> float:
     return max(abs(f - w) / abs(w) for f, w in pairs)
 
 
+def task(size: int) -> dict[str, Any]:
+    """The clips of so many ranks, and the step that is spoilt."""
+    return {"ranks": size, "num": 2, "momentum": MOMENTUM, "spoilt": (SPOILT,)}
+
+
+@functools.cache
+def one_process(size: int, dtype: torch.dtype, steps: int) -> tuple[list[float], list[float], Any]:
+    """Losses, norms and state of one process that takes all ranks' clips."""
+    single = networks()
+    one = alone(single, dtype=dtype, clip=0.5)
+    losses, norms, _ = train(single, one, steps=range(steps), **task(size))
+    return losses, norms, state(one)
+
+
 def against_one_process(
     ranks: Ranks, stage: int, *, steps: int = STEPS, checkpointing: bool = False,
     packed: bool = False, **options: Any,
@@ -47,15 +62,11 @@ def against_one_process(
     into one sequence on the ranks, one after the other in the one process."""
     jepa = networks(seed=ranks.rank if stage else 0, checkpointing=checkpointing)
     made = engine(jepa, ranks, stage, clip=0.5, **options)
-    task = {"ranks": ranks.size, "num": 2, "momentum": MOMENTUM, "spoilt": (SPOILT,)}
-    losses, norms, vetoes = train(jepa, made, steps=range(steps), packed=packed, **task)
+    losses, norms, vetoes = train(jepa, made, steps=range(steps), packed=packed, **task(ranks.size))
     found, everyone = state(made), ranks.gather(vetoes)
     if not ranks.first:
         return {}
-    single = networks()
-    one = alone(single, dtype=options["dtype"], clip=0.5)
-    wanted_losses, wanted_norms, _ = train(single, one, steps=range(steps), **task)
-    wanted = state(one)
+    wanted_losses, wanted_norms, wanted = one_process(ranks.size, options["dtype"], steps)
     return {
         "losses": losses,
         "losses_of_one_process": wanted_losses,
