@@ -7,14 +7,16 @@ EXTRAS ?= train,demo,dev
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint types clean
+.PHONY: demo test suite lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastjepa train configs/demo.yaml
 
+test: lint types suite
+
 # Two files of tests at a time, by name: the long ones, of many ranks, then are not the last. The
 # second process that hangs or crashes ends the run.
-test: lint types
+suite: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 
 lint: $(INSTALLED)

@@ -253,7 +253,7 @@ recipes = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(recipe=recipes)
 def test_a_dumped_recipe_loads_back_equal(recipe, tmp_path_factory):
     path = tmp_path_factory.mktemp("dump") / "recipe.yaml"
