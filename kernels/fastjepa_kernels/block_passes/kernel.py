@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..grid import cdiv, next_power_of_2
 
 # Programs of a pass that also sums over rows: enough to fill the GPU, few enough that their parts
 # are small beside the rows.
@@ -190,7 +191,7 @@ def _column_sums(
 
 def _row_shape(width: int, numbers: int) -> dict[str, int]:
     """Rows and channels of a program's tile of at least so many numbers, and its warps."""
-    block_d = triton.next_power_of_2(width)
+    block_d = next_power_of_2(width)
     block_r = max(1, numbers // block_d)
     warps = min(16, max(1, block_r * block_d // (32 * A_THREAD)))
     return {"BLOCK_R": block_r, "BLOCK_D": block_d, "num_warps": warps}
@@ -203,7 +204,7 @@ def add_norm(
     """Write `x + delta`, unless there is no delta, and its norm."""
     rows, width = x_RD.shape
     shape = _row_shape(width, 2048)
-    _add_norm[(triton.cdiv(rows, shape["BLOCK_R"]),)](
+    _add_norm[(cdiv(rows, shape["BLOCK_R"]),)](
         x_RD, delta_RD, sum_RD, out_RD, weight_D, bias_D, rows, eps, WIDTH=width, **shape
     )
 
@@ -216,7 +217,7 @@ def norm_backward(
     sums over rows [3, D]: gradients of weight and bias, and of x's gradient itself."""
     rows, width = x_RD.shape
     shape = _row_shape(width, 1024)
-    programs = min(PROGRAMS, triton.cdiv(rows, shape["BLOCK_R"]))
+    programs = min(PROGRAMS, cdiv(rows, shape["BLOCK_R"]))
     parts = x_RD.new_empty((programs, 3, width), dtype=torch.float32)
     _norm_backward[(programs,)](
         dn_RD, x_RD, residual_RD, weight_D, bias_D, dx_RD, narrow_RD, out_RD, parts, rows, eps,
@@ -227,14 +228,14 @@ def norm_backward(
 
 def _tiles(rows: int, width: int) -> tuple[int, int]:
     """Programs over columns, and over rows."""
-    across = triton.cdiv(width, COLUMNS)
-    return across, min(triton.cdiv(rows, ROWS), max(1, 2 * PROGRAMS // across))
+    across = cdiv(width, COLUMNS)
+    return across, min(cdiv(rows, ROWS), max(1, 2 * PROGRAMS // across))
 
 
 def gelu(h_RF: Tensor, a_RF: Tensor) -> None:
     """Write gelu(h) to `a`, which may be h."""
     rows, width = h_RF.shape
-    _gelu[(triton.cdiv(width, COLUMNS) * triton.cdiv(rows, ROWS),)](
+    _gelu[(cdiv(width, COLUMNS) * cdiv(rows, ROWS),)](
         h_RF, a_RF, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS, BLOCK_F=COLUMNS,
         num_warps=8,
     )  # fmt: skip

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..grid import cdiv, next_power_of_2
 from .comparison import Comparison
 
 SPLITS, BLOCK_ROWS = 16, 1024
@@ -196,7 +197,7 @@ def _is_aligned(*tensors: Tensor | None) -> bool:
 
 def _row_shape(width: int) -> tuple[int, int]:
     """Numbers a program holds of a row, and its warps: 8 numbers a thread, 16 of wide rows."""
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     return block, min(max(block // 256, 1), 4 if block <= 2048 else 16)
 
 
@@ -244,7 +245,7 @@ def finish(comparison: Comparison, sums_RL: Tensor) -> tuple[Tensor, Tensor]:
         parts, terms_GL, total, comparison.group_factor_G, tuple(comparison.group_means()),
         tuple(comparison.group_weights), tuple(comparison.level_weights),
         GROUPS=groups, LEVELS=levels, SPLITS=SPLITS,
-        BLOCK_T=triton.next_power_of_2(groups * levels), num_warps=4,
+        BLOCK_T=next_power_of_2(groups * levels), num_warps=4,
     )  # fmt: skip
     return total, terms_GL
 
@@ -257,7 +258,7 @@ def scale(stored: Tensor, out: Tensor, upstream: Tensor, factor: float) -> None:
     if stored.is_contiguous():
         stored, out = stored.view(1, -1), out.view(1, -1)
     rows, columns = stored.shape
-    _scale[(min(rows * triton.cdiv(columns, SCALE_BLOCK), SCALE_PROGRAMS),)](
+    _scale[(min(rows * cdiv(columns, SCALE_BLOCK), SCALE_PROGRAMS),)](
         stored, out, upstream, factor, stored.stride(0), out.stride(0), rows, columns,
         IN_PLACE=in_place, ALIGNED=_is_aligned(stored, out), BLOCK=SCALE_BLOCK,
         num_warps=SCALE_WARPS,

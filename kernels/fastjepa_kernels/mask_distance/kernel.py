@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..grid import cdiv
 
 BLOCK_C, BLOCK_P = 64, 32
 
@@ -63,7 +64,7 @@ def mask_distance(
 ) -> Tensor:
     distance_R = torch.empty(context_R.shape, dtype=torch.float32, device=context_R.device)
     if context_R.numel():
-        _nearest[(len(context_offset) - 1, triton.cdiv(most_context, BLOCK_C))](
+        _nearest[(len(context_offset) - 1, cdiv(most_context, BLOCK_C))](
             context_R, predict_P, context_offset, predict_offset, distance_R,
             grid[1], grid[2], BLOCK_C=BLOCK_C, BLOCK_P=BLOCK_P, num_warps=4,
         )  # fmt: skip

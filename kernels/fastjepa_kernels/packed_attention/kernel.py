@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..grid import cdiv, next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def forward(
     """Write out and shift. Channels lie side by side, `out` is contiguous."""
     rows, heads, channels = q_RHC.shape
     tile = tile or tiles_for(channels, q_RHC.device).forward
-    blocks = triton.cdiv(longest, tile.own)
+    blocks = cdiv(longest, tile.own)
     _forward[(blocks * heads * (len(starts_B1) - 1),)](
         q_RHC, k_RHC, v_RHC, out_RHC, shift_HR, starts_B1,
         *q_RHC.stride()[:2], *k_RHC.stride()[:2], *v_RHC.stride()[:2],
@@ -335,7 +336,7 @@ def gradient_of_queries(
     """Write dq, contiguous, and the pairs that `gradient_of_keys` needs."""
     rows, heads, channels = q_RHC.shape
     tile = tile or tiles_for(channels, q_RHC.device).queries
-    blocks, scale = triton.cdiv(longest, tile.own), channels**-0.5
+    blocks, scale = cdiv(longest, tile.own), channels**-0.5
     _gradient_of_queries[(blocks * heads * (len(starts_B1) - 1),)](
         q_RHC, k_RHC, v_RHC, out_RHC, dout_RHC, shift_HR, pair_HR2, dq_RHC, starts_B1,
         *q_RHC.stride()[:2], *k_RHC.stride()[:2], *v_RHC.stride()[:2], *dout_RHC.stride()[:2],
@@ -352,7 +353,7 @@ def gradient_of_keys(
     """Write dk and dv, both contiguous."""
     rows, heads, channels = q_RHC.shape
     tile = tile or tiles_for(channels, q_RHC.device).keys
-    blocks, scale = triton.cdiv(longest, tile.own), channels**-0.5
+    blocks, scale = cdiv(longest, tile.own), channels**-0.5
     _gradient_of_keys[(blocks * heads * (len(starts_B1) - 1),)](
         q_RHC, k_RHC, v_RHC, dout_RHC, pair_HR2, dk_RHC, dv_RHC, starts_B1,
         *q_RHC.stride()[:2], *k_RHC.stride()[:2], *v_RHC.stride()[:2], *dout_RHC.stride()[:2],
@@ -363,7 +364,7 @@ def gradient_of_keys(
 
 
 def _block_c(channels: int) -> int:
-    return int(triton.next_power_of_2(channels))
+    return next_power_of_2(channels)
 
 
 def _constants(channels: int, tile: Tile) -> dict[str, int]:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..grid import next_power_of_2
 
 TILE, NUM_WARPS = 1024, 2
 
@@ -100,7 +101,7 @@ def rope3d(
 ) -> None:
     """Write x turned to `out`; v is left alone if `out` is x itself. Channels lie side by side."""
     clips, tokens, _, heads, channels = x_BN3HC.shape
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     _turn[(clips * tokens,)](
         x_BN3HC, table_BMC, index_BN, out_BN3HC,
         tokens,
@@ -117,7 +118,7 @@ def pack(
 ) -> None:
     """Write dq and dk, turned back, and dv side by side. Channels lie side by side in all."""
     rows, heads, channels = dq_RHC.shape
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     _pack[(rows,)](
         dq_RHC, dk_RHC, dv_RHC, table_RC, out_R3HC,
         *dq_RHC.stride()[:2], *dk_RHC.stride()[:2], *dv_RHC.stride()[:2], table_RC.stride(0),
@@ -127,13 +128,13 @@ def pack(
 
 
 def _rows_of_a_tile(rows: int, block_c: int) -> int:
-    return int(min(max(TILE // block_c, 1), triton.next_power_of_2(rows)))
+    return min(max(TILE // block_c, 1), next_power_of_2(rows))
 
 
 def _case(
     name: str, heads: int, channels: int, dtype: str, index: str | None, rows: int, inverse: bool
 ) -> Case:
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     strides = ("x_b", "x_n", "x_3", "x_h", "out_b", "out_n", "out_3", "out_h", "table_b", "table_m")
     signature: dict[str, Any] = {
         "x_ptr": f"*{dtype}", "table_ptr": "*fp64" if dtype == "fp64" else "*fp32",
@@ -166,7 +167,7 @@ KINDS = (("forward", 3, False), ("in place", 2, False), ("backward", 3, True))
 def _pack_case(heads: int, channels: int) -> Case:
     strides = ("q_n", "q_h", "k_n", "k_h", "v_n", "v_h", "table_n", "out_n", "out_3", "out_h")
     pointers = ("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr")
-    block_c = triton.next_power_of_2(channels)
+    block_c = next_power_of_2(channels)
     signature = {
         **dict.fromkeys(pointers, "*bf16"), "table_ptr": "*fp32", **dict.fromkeys(strides, "i32"),
     }  # fmt: skip

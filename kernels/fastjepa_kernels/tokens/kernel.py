@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
+from ..grid import cdiv
 from ..precision import wide
 
 BLOCK_R, BLOCK_D, STEPS, NUM_WARPS = 16, 128, 8, 4
@@ -200,7 +201,7 @@ def _inverse(row_R: Tensor, group_sizes: Sequence[int], num_rows: int) -> Tensor
     begin = 0
     for inverse_M, size in zip(inverse_GM, group_sizes, strict=True):
         if size:
-            _invert[(triton.cdiv(size, BLOCK_INVERT),)](
+            _invert[(cdiv(size, BLOCK_INVERT),)](
                 row_R, inverse_M, begin, begin + size, BLOCK=BLOCK_INVERT, num_warps=NUM_WARPS
             )
         begin += size
@@ -211,7 +212,7 @@ def _finished(partial_KPD: Tensor) -> Tensor:
     kinds, programs, width = partial_KPD.shape
     out_KD = partial_KPD.new_empty((kinds, width))
     if out_KD.numel():
-        _finish[(triton.cdiv(width, BLOCK_SUM), kinds)](
+        _finish[(cdiv(width, BLOCK_SUM), kinds)](
             partial_KPD, out_KD, programs, width, BLOCK_P=BLOCK_P, BLOCK_D=BLOCK_SUM,
             num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -227,11 +228,11 @@ def _accumulator(x: Tensor) -> tl.dtype:
 
 
 def _programs(x_MD: Tensor, steps: int = 1) -> int:
-    return int(triton.cdiv(len(x_MD), BLOCK_R * steps))
+    return cdiv(len(x_MD), BLOCK_R * steps)
 
 
 def _columns(x_MD: Tensor) -> int:
-    return int(triton.cdiv(x_MD.shape[1], BLOCK_D))
+    return cdiv(x_MD.shape[1], BLOCK_D)
 
 
 def _cases(name: str, kernel: Any, signature: dict[str, str], **constants: Any) -> list[Case]:
