@@ -1,6 +1,7 @@
 """`fastjepa bench step`: a recipe's whole step, beside that of an official checkout.
 
-    results = measure(Setting(Path("configs/demo.yaml")), [], rounds=5, say=print, command="")
+    for results in measure(Setting(Path("configs/demo.yaml")), [], rounds=5, say=print, command=""):
+        results.save(Path("step.json"))
 
 All sides start from the same weights and make the same steps, in turn in one process, on one batch
 of the recipe's first stream and the masks of its first steps. Peak memory is that of a side alone
@@ -175,8 +176,9 @@ def measure(
     memory: bool = True,
     kernels: bool = True,
     trace: Path | None = None,
-) -> StepResults:
-    """Measure the setting, or each combination of what `sweeps` (`key=v1,v2`) let vary.
+) -> Iterator[StepResults]:
+    """Measure the setting, or each combination of what `sweeps` (`key=v1,v2`) let vary: all that is
+    known, each time there is more, so that nothing timed is lost to an end that comes early.
 
     Raises ValueError for a sweep that is no such text, for what `Setting.load` refuses, and for
     what the official code does not know.
@@ -186,14 +188,16 @@ def measure(
         one.load()
     if setting.reference is not None:
         make_importable(setting.reference)
-    points = [
-        _point(one, changes, rounds, say, memory, kernels, trace) for one, changes in settings
-    ]
     reference = "" if setting.reference is None else commit_of(setting.reference)
-    return StepResults(
+    found = StepResults(
         command, commit(), reference, device_facts(setting.load().device),
-        versions("torch", "triton", "fastjepa"), points,
+        versions("torch", "triton", "fastjepa"), [],
     )  # fmt: skip
+    for one, changes in settings:
+        known = found
+        for point in _point(one, changes, rounds, say, memory, kernels, trace):
+            found = replace(known, points=[*known.points, point])
+            yield found
 
 
 def _swept(setting: Setting, sweeps: Sequence[str]) -> Iterator[tuple[Setting, dict[str, str]]]:
@@ -216,7 +220,8 @@ def _point(
     memory: bool,
     kernels: bool,
     trace: Path | None,
-) -> Point:
+) -> Iterator[Point]:
+    """The point once its steps are timed, and once more with what is measured of single steps."""
     loaded = setting.load()
     stream, device = loaded.stream, loaded.device
     name = " ".join(f"{key}={value}" for key, value in changes.items()) or setting.recipe.name
@@ -228,21 +233,12 @@ def _point(
     warm_up = _WARM_UP[device.type]
     batches, data = loaded.batches(rounds + warm_up)
     built = {side: loaded.build(side) for side in setting.sides}
-    timed = in_turn(built, batches, warm_up)
-    say(f"{name}: stages, bytes and operations")
-    sides = {}
-    for side, step in built.items():
-        found = timed[side]
-        # A compiled step is not dispatched operation by operation.
-        counted = None
-        if not side.endswith("compiled"):
-            counted = _counted(setting, side, step, batches[-1], device, kernels)
-        path = trace and trace / f"{side}.json".replace(" ", "-")
-        sides[side] = Side(
-            loaded.dtype(side), found.rounds, found.processor, found.losses,
-            stages(step, batches[-1], device), alone[side], counted,
-            traced(step, batches[-1], device, path),
-        )  # fmt: skip
+    sides = {
+        side: Side(
+            loaded.dtype(side), found.rounds, found.processor, found.losses, memory=alone[side]
+        )
+        for side, found in in_turn(built, batches, warm_up).items()
+    }
     tokens = [
         TokenNumbers(stream.tokens, context, predicted, image=stream.frames == 1)
         for context, predicted in counts(
@@ -254,12 +250,7 @@ def _point(
     flops = mean_flops(
         [step_flops(costs.encoder, costs.predictor, one, batch=stream.clips) for one in tokens]
     )
-    rates = {side.dtype: 0.0 for side in sides.values()}
-    for dtype in rates:
-        rates[dtype] = matrix_rate(DTYPES[dtype], device)
-    del built, batches
-    gc.collect()
-    return Point(
+    timed = Point(
         changes, loaded.recipe.model.name, stream.frames, stream.crop, stream.clips, stream.tokens,
         tuple(fmean(kept) for kept in zip(*(one.context for one in tokens), strict=True)),
         tuple(fmean(kept) for kept in zip(*(one.predicted for one in tokens), strict=True)),
@@ -267,8 +258,30 @@ def _point(
             part: getattr(flops, part).total
             for part in ("target", "context", "predictor", "loss")
         },
-        data, sides, rates,
+        data, sides,
+        {
+            dtype: matrix_rate(DTYPES[dtype], device)
+            for dtype in dict.fromkeys(side.dtype for side in sides.values())
+        },
     )  # fmt: skip
+    yield timed
+    say(f"{name}: stages, bytes and operations")
+    whole = {}
+    for side, step in built.items():
+        # A compiled step is not dispatched operation by operation.
+        counted = None
+        if not side.endswith("compiled"):
+            counted = _counted(setting, side, step, batches[-1], device, kernels)
+        path = trace and trace / f"{side}.json".replace(" ", "-")
+        whole[side] = replace(
+            sides[side],
+            stages=stages(step, batches[-1], device),
+            counted=counted,
+            traced=traced(step, batches[-1], device, path),
+        )
+    del built, batches, step
+    gc.collect()
+    yield replace(timed, sides=whole)
 
 
 def _counted(

@@ -185,7 +185,7 @@ def bench_step(
         *(["--random-clips"] if random_clips else []),
         f"--threads {torch.get_num_threads()} --rounds {rounds}",
     ]
-    results = measure(
+    for results in measure(
         Setting(recipe, tuple(overrides or []), reference, reference_dtype, compiled, random_clips),
         sweep or [],
         rounds=rounds,
@@ -194,9 +194,9 @@ def bench_step(
         memory=memory,
         kernels=kernels,
         trace=trace,
-    )
-    if json is not None:
-        results.save(json)
+    ):
+        if json is not None:
+            results.save(json)
     typer.echo(as_text(results))
     if chart is not None:
         draw(results, chart)

@@ -39,13 +39,13 @@ class Counted:
 class Side:
     """One way to make the step. `rounds` are seconds of steps that took turns with the other
     sides', `processor` the seconds in which a processor was at work for them, `stages` those of one
-    step stage by stage, timed apart."""
+    step stage by stage, timed apart and later."""
 
     dtype: str
     rounds: list[float]
     processor: list[float]
     losses: list[float]
-    stages: dict[str, float]
+    stages: dict[str, float] = field(default_factory=dict)
     memory: Memory | None = None
     counted: Counted | None = None
     traced: list[tuple[str, int, float]] = field(default_factory=list)

@@ -13,6 +13,7 @@ import torch
 from fastjepa.bench.step import stages
 from fastjepa.bench.step_results import Memory, Point, Side
 from fastjepa.bench.traffic import Traffic
+from fastjepa.bench_step import Setting, measure
 from fastjepa.cli import main
 from fastjepa.config.load import load_recipe
 from fastjepa.config.resolve import resolve
@@ -81,6 +82,23 @@ def test_activations_grow_with_the_batch_and_what_is_kept_does_not(found: dict[s
     one, two = (point["sides"]["ours"]["memory"] for point in found["points"])
     assert two["peak"] > one["peak"]
     assert two["kept"] == pytest.approx(one["kept"], rel=0.05)
+
+
+def test_what_is_timed_is_known_before_single_steps_are_looked_at(
+    recipe: Path, tmp_path: Path
+) -> None:
+    """A run that ends early, as on a machine that is lent by the minute, has its file."""
+    out, stages_known = tmp_path / "run.json", []
+    for results in measure(
+        Setting(recipe, random_clips=True), ["data.batch=1,2"], rounds=2, command="", say=print,
+        memory=False, kernels=False,
+    ):  # fmt: skip
+        results.save(out)
+        sides = [point["sides"]["ours"] for point in json.loads(out.read_text())["points"]]
+        assert all(len(side["rounds"]) == 2 for side in sides)
+        assert all(side["model_flops_utilisation"] > 0 for side in sides)
+        stages_known.append([bool(side["stages"]) for side in sides])
+    assert stages_known == [[False], [True], [True, False], [True, True]]
 
 
 @pytest.mark.parametrize(
