@@ -6,7 +6,6 @@ Shapes: R rows of all clips and groups, B clips, K tokens of a sequence, H heads
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,7 +14,7 @@ from fastjepa.bench.loss_cases import PREDICTOR_WIDTH
 from fastjepa.bench.official import Official
 from fastjepa.bench.shapes import Shape
 from fastjepa.model.attention import backend_named
-from fastjepa.model.attention_backends import Run, by_segment
+from fastjepa.model.attention_backends import Run, by_segment, sequence_starts
 from fastjepa.model.segments import Segment, segments_of
 from fastjepa_kernels import packed_attention
 
@@ -35,10 +34,9 @@ class PackedAttention(Case):
         return Work(moved, 14 * squares * PREDICTOR_WIDTH)
 
     def prepare(self) -> None:
-        self.sequences = _sequences(self.shape)
-        lengths = [length for count, length in self.sequences for _ in range(count)]
-        self.starts = torch.tensor([0, *lengths]).cumsum(0).int().to(self.device)
-        self.longest = max(lengths)
+        self.segments = segments_of(_sequences(self.shape))
+        self.starts = sequence_starts(tuple(self.segments), self.device)
+        self.longest = max(segment.length for segment in self.segments)
         packed = self.shape.num_rows, 3, HEADS, PREDICTOR_WIDTH // HEADS
         self.qkv_R3HC = leaf(self.normal(*packed, dtype=self.shape.dtype))
         self.leaves = [self.qkv_R3HC]
@@ -49,7 +47,7 @@ class PackedAttention(Case):
         return [packed_attention(q, k, v, self.starts, self.longest)]
 
     def arguments(self) -> tuple[Any, ...]:
-        return self.qkv_R3HC, segments_of(self.sequences)
+        return self.qkv_R3HC, self.segments
 
     @staticmethod
     def formula(*arguments: Any) -> list[Tensor]:

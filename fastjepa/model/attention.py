@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fastjepa.model.attention_backends import ALL, Backend
 from fastjepa.model.segments import Segment
+from fastjepa_kernels.grid import cdiv, next_power_of_2
 
 BACKENDS = ("auto", *(backend.name for backend in ALL))
 _STEP = 256
@@ -104,9 +105,9 @@ def _measured_here(
 
 
 def _size(segments: Sequence[Segment]) -> _Size:
-    longest = -(-max(segment.length for segment in segments) // _STEP) * _STEP
-    rows = 1 << (segments[-1].stop - 1).bit_length()
-    return len(segments), sum(segment.count for segment in segments), longest, rows
+    longest = cdiv(max(segment.length for segment in segments), _STEP) * _STEP
+    sequences = sum(segment.count for segment in segments)
+    return len(segments), sequences, longest, next_power_of_2(segments[-1].stop)
 
 
 @contextmanager

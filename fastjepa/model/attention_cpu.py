@@ -1,10 +1,11 @@
 """Attention on a CPU, by what runs fastest.
 
 PyTorch's flash kernels in float32, and in bfloat16 plain products (attention_products.py) on long
-sequences. Measured with two threads of two EPYCs (benchmarks/cpu_choices.py): flash's backward
-gains up to a tenth when long sequences give it their keys 256 at a time, so that its scores stay in
-a core's cache, where the processor has AVX-512 and 1 MiB of it; with AVX2 and 512 KiB it loses as
-much. In bfloat16 flash only beats itself in float32 on long sequences, and products beat both.
+sequences, if the processor multiplies bfloat16. Measured with two threads of two EPYCs
+(benchmarks/cpu_choices.py): flash's backward gains up to a tenth when long sequences give it their
+keys 256 at a time, so that its scores stay in a core's cache, where the processor has AVX-512 and
+1 MiB of it; with AVX2 and 512 KiB it loses as much. In bfloat16 flash only beats itself in float32
+on long sequences, and products beat both.
 
 Shapes: B sequences, H heads, K tokens, C head channels.
 """
@@ -28,8 +29,9 @@ _aten = torch.ops.aten
 
 def attention_dtype(dtype: torch.dtype, length: int) -> torch.dtype:
     """The dtype in which sequences of `length` tokens run fastest without losing precision."""
-    worth_it = length >= LONG_IN_BFLOAT16 and multiplies_bfloat16()
-    return torch.float32 if dtype == torch.bfloat16 and not worth_it else dtype
+    if dtype != torch.bfloat16 or (length >= LONG_IN_BFLOAT16 and multiplies_bfloat16()):
+        return dtype
+    return torch.float32
 
 
 def _by_products(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:
