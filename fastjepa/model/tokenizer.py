@@ -4,7 +4,7 @@ Shapes: B batch, T frames, H W pixels, N grid tokens, R rows, P = 3 t p p values
 width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +43,22 @@ class Tokenizer(nn.Module):
         )
         tiles = tiles.permute(0, 2, 4, 6, 1, 3, 5, 7)
         if row_R is not None:
-            places = torch.unravel_index(row_R, tiles.shape[:4])
-            patches_RP = tiles[places].flatten(1)
+            patches_RP = tiles[_places(row_R, tiles.shape[:4])].flatten(1)
         else:
             patches_RP = tiles.flatten(4).flatten(0, 3)
         if self.gate is not None:
             patches_RP = self.gate(patches_RP)
         bias: Tensor = self.proj.bias  # type: ignore[assignment]
         return linear(patches_RP, self.proj.weight.flatten(1), bias)
+
+
+def _places(row_R: Tensor, sides: Sequence[int]) -> tuple[Tensor, ...]:
+    """Indices along each of `sides` of the rows that these flatten to.
+
+    `torch.unravel_index` makes the host wait for the device, to look for negative rows.
+    """
+    places = []
+    for side in reversed(sides[1:]):
+        places.append(row_R % side)
+        row_R = row_R // side
+    return row_R, *reversed(places)

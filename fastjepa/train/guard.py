@@ -35,9 +35,9 @@ class LossGuard:
             std = torch.where(known, self.losses - mean, 0.0).square().sum().div(count).sqrt()
             jumped = loss.double() > mean + self.sigma * std
             bad = bad | (jumped & (count > len(self.losses) // 2))
-        place = self.accepted % len(self.losses)
-        kept = torch.where(bad, self.losses[place], loss.double())
-        self.losses.index_copy_(0, place[None], kept[None])
+        place = (self.accepted % len(self.losses))[None]  # indexed by a 0-d tensor, the host waits
+        kept = torch.where(bad, self.losses.index_select(0, place), loss.double())
+        self.losses.index_copy_(0, place, kept)
         self.accepted += ~bad
         self.skipped += bad
         self.skipped_in_a_row.add_(1).mul_(bad)

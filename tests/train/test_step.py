@@ -1,6 +1,7 @@
 """A whole training step: micro-batches, accumulation, and steps that must leave no trace."""
 
 import copy
+import traceback
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa.masking.batch import MaskMaker, Masks
 from fastjepa.masking.blocks import Blocks
@@ -30,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def make(
-    dtype: torch.dtype = torch.float32, **engine: object
+    dtype: torch.dtype = torch.float32, device: torch.device = CPU, **engine: object
 ) -> tuple[Jepa, TorchEngine, LossGuard]:
     torch.manual_seed(0)
     encoder = Encoder(width=16, depth=2, heads=2, mlp_width=24, levels=LEVELS, patch=8)
@@ -41,11 +43,13 @@ def make(
     if dtype == torch.float64:
         for network in (encoder, predictor, target):
             network.double()
+    for network in (encoder, predictor, target):
+        network.to(device)
     jepa = Jepa(encoder, predictor, target, Objective((0.5, 0.5)), LEVELS, LEVELS)
     made = TorchEngine(
         encoder=encoder, predictor=predictor, target=target, dtype=dtype, **engine  # type: ignore[arg-type]
     )  # fmt: skip
-    return jepa, made, LossGuard(sigma=None, window=4, start=0, device=CPU)
+    return jepa, made, LossGuard(sigma=None, window=4, start=0, device=device)
 
 
 def micro_batch(
@@ -57,6 +61,10 @@ def micro_batch(
     groups = (Blocks(3, (0.2, 0.2)), Blocks(1, (0.5, 0.5)))[: 1 if image else 2]
     maker = MaskMaker(groups, (1 if image else 2, 4, 4), batch, seed=0)
     return MicroBatch(clip.to(dtype), maker(step), share, context_weight=0.5)
+
+
+def batch_on(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    return replace(batch, clip=batch.clip.to(device), masks=batch.masks.to(device))
 
 
 def run(
@@ -100,6 +108,55 @@ def test_a_step_trains_all_that_its_modality_uses(image: bool, dtype: torch.dtyp
     for name, parameter in jepa.target.named_parameters():
         expected = 0.99 * average[name] + 0.01 * dict(jepa.encoder.named_parameters())[name]
         torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-8)
+
+
+class HostReads(TorchDispatchMode):
+    """Operations that on a GPU make the host wait: for a value, or for numbers of its own to be
+    copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "lift_fresh", "nonzero", "_unique2", "equal"):
+            places = [f.name for f in traceback.extract_stack() if "fastjepa" in f.filename]
+            self.found.append(f"{name} in {' > '.join(places[-3:])}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_for_no_value_of_a_step() -> None:
+    """With the blocks of a GPU: a host that waits in the middle leaves the GPU idle until it has
+    caught up (53 ms of ViT-L's 280)."""
+    jepa, engine, _ = make(torch.bfloat16, in_turn=False)
+    guard = LossGuard(sigma=3.0, window=4, start=0, device=CPU)
+    for network in (jepa.encoder, jepa.predictor, jepa.target):
+        for module in network.modules():
+            if isinstance(module, Block):
+                module.by_hand = "gpu"
+    batches = micro_batch(), micro_batch(image=True)
+    with HostReads() as reads:
+        run(jepa, engine, guard, *batches)
+    # On a CPU the loss's scale is read, since that is free there.
+    assert [read for read in reads.found if not read.endswith("> scaled > _scale")] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_is_not_waited_for_in_a_step() -> None:
+    jepa, engine, _ = make(torch.bfloat16, device=torch.device("cuda"))
+    guard = LossGuard(sigma=3.0, window=4, start=0, device=engine.device)
+    batches = [batch_on(batch, engine.device) for batch in (micro_batch(), micro_batch(image=True))]
+    for step in range(3):  # kernels are compiled, backends measured, and moments made first
+        torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+        try:
+            report = run(jepa, engine, guard, *batches, step=step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert report.loss.isfinite()
 
 
 def test_the_loss_falls_on_one_batch() -> None:
