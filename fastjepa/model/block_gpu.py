@@ -6,7 +6,7 @@ Written op by op, a block spends a third of a GPU's time in passes over rows. He
   norm's output and three sums over the rows are one; GELU's gradient, GELU again and the bias's
   gradient are one (fastjepa_kernels.block_passes);
 - q and k are rotated where the product wrote them, and their gradients turned back while the three
-  are packed;
+  are packed and summed over the rows;
 - LayerNorm's and GELU's outputs are made again in the backward, not saved, and so are the weights
   in the products' dtype, all of a node in one launch;
 - gradients of weights come out of the products in float32.
@@ -24,10 +24,10 @@ from torch import Tensor
 from fastjepa.model.autocast import product_dtype
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
-    column_sums,
     gelu,
     gelu_backward,
     layer_norm_backward,
+    narrowed_with_sums,
 )
 from fastjepa_kernels.rope3d.op import turn_rows_, turned_gradient
 
@@ -94,13 +94,14 @@ class _Before(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx_RD, dq_RHC, dk_RHC, dv_RHC) -> Any:  # type: ignore[no-untyped-def]
         x_RD, norm_w, norm_b, qkv_w, table_RC2 = ctx.saved_tensors
-        dqkv = turned_gradient(dq_RHC, dk_RHC, dv_RHC, table_RC2).flatten(1)
+        dqkv_R3HC, dqkv_sum_3HC = turned_gradient(dq_RHC, dk_RHC, dv_RHC, table_RC2)
+        dqkv = dqkv_R3HC.flatten(1)
         (weight,) = _for_products(dqkv.dtype, qkv_w)
         norm = layer_norm_backward(
             dqkv @ weight, x_RD, dx_RD, norm_w, norm_b, eps=ctx.eps, narrow=False
         )
         dqkv_w = _grad_weight(dqkv, norm.normed_RD, qkv_w.dtype)
-        dqkv_b = column_sums(dqkv).to(qkv_w.dtype)
+        dqkv_b = dqkv_sum_3HC.flatten().to(qkv_w.dtype)
         dnorm = norm.dweight_D.to(norm_w.dtype), norm.dbias_D.to(norm_b.dtype)
         return norm.dx_RD, *dnorm, dqkv_w, dqkv_b, None, None, None
 
@@ -133,8 +134,7 @@ class _After(torch.autograd.Function):
         x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w = ctx.saved_tensors
         dtype, own = mixed_RD.dtype, proj_w.dtype
         proj, fc1, fc2 = _for_products(dtype, proj_w, fc1_w, fc2_w)
-        dy = dy_RD.to(dtype)
-        dfc2_b = column_sums(dy).to(own)
+        dy, dfc2_b = narrowed_with_sums(dy_RD, dtype)
         dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, dy @ fc2)
         dfc2_w = _grad_weight(dy, a_RF, own)
         del h_RF, a_RF, dy
@@ -145,4 +145,4 @@ class _After(torch.autograd.Function):
         dmixed_RD = norm.narrow_RD @ proj
         dproj_w = _grad_weight(norm.narrow_RD, mixed_RD, own)
         grads = norm.dx_RD, dmixed_RD, dproj_w, norm.dx_sum_D.to(own), *dnorm
-        return *grads, dfc1_w, dfc1_b.to(own), dfc2_w, dfc2_b, None
+        return *grads, dfc1_w, dfc1_b.to(own), dfc2_w, dfc2_b.to(own), None

@@ -6,7 +6,6 @@ width.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fastjepa.model.autocast import linear

@@ -22,7 +22,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Case:
     """One signature a kernel is launched with: argument types as Triton writes them, the
-    constants, and the first and last compute capability it is meant for."""
+    constants, the first and last compute capability it is meant for, and the most registers of a
+    thread, if they are bounded."""
 
     name: str
     kernel: Any
@@ -31,6 +32,7 @@ class Case:
     num_warps: int = 4
     divisible_by_16: tuple[str, ...] = ()
     capabilities: tuple[int, int] = (80, 999)
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def compile_case(op: str, case: Case, capability: int) -> Resources:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.num_warps},
+        options={"num_warps": case.num_warps, "maxnreg": case.registers},
     )
     return _resources(op, case.name, capability, compiled.asm["cubin"], compiled.metadata.shared)
 

@@ -15,6 +15,7 @@ from fastjepa_kernels.block_passes.op import (
     gelu,
     gelu_backward,
     layer_norm_backward,
+    narrowed_with_sums,
 )
 
 EPS = 1e-6
@@ -114,6 +115,14 @@ def test_column_sums(rows: int, width: int, backend: str, device: torch.device) 
     found = column_sums(x, backend=backend)  # type: ignore[arg-type]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), x.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_sums_of_rows_that_are_narrowed(backend: str, device: torch.device) -> None:
+    x = normal(100, 300, dtype=torch.float32, device=device)
+    for rows in (x, x.to(HALF)):
+        narrow, sums = narrowed_with_sums(rows, HALF, backend=backend)  # type: ignore[arg-type]
+        assert torch.equal(narrow, rows.to(HALF))
+        torch.testing.assert_close(sums.double(), rows.double().sum(0), rtol=1e-5, atol=1e-4)
 
 
 def test_two_runs_give_the_same_bits(backend: str, device: torch.device) -> None:

@@ -175,7 +175,7 @@ def _gelu_backward(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _column_sums(
-    x_ptr, parts_ptr, num_rows,
+    x_ptr, copy_ptr, parts_ptr, num_rows,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -184,6 +184,8 @@ def _column_sums(
     for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
         place, inside = _tile(start, num_rows, f_F[None, :], WIDTH, BLOCK_R)
         x_RF = tl.load(x_ptr + place, mask=inside, other=0.0)
+        if copy_ptr is not None:
+            tl.store(copy_ptr + place, x_RF.to(copy_ptr.dtype.element_ty), mask=inside)
         sum_RF += x_RF.to(tl.float32)
     part_F = parts_ptr + tl.program_id(1).to(tl.int64) * WIDTH + f_F
     tl.store(part_F, tl.sum(sum_RF, 0), mask=f_F < WIDTH)
@@ -257,12 +259,14 @@ def gelu_backward(h_RF: Tensor, da_RF: Tensor, a_RF: Tensor) -> Tensor:
     return parts.sum(0)
 
 
-def column_sums(x_RF: Tensor) -> Tensor:
-    """Sums over the rows [F] in float32."""
+def column_sums(x_RF: Tensor, copy_RF: Tensor | None = None) -> Tensor:
+    """Sums over the rows [F] in float32; write x to `copy` on the way."""
     rows, width = x_RF.shape
     grid = _tiles(rows, width)
     parts = x_RF.new_empty((grid[1], width), dtype=torch.float32)
-    _column_sums[grid](x_RF, parts, rows, WIDTH=width, BLOCK_R=ROWS, BLOCK_F=COLUMNS, num_warps=8)
+    _column_sums[grid](
+        x_RF, copy_RF, parts, rows, WIDTH=width, BLOCK_R=ROWS, BLOCK_F=COLUMNS, num_warps=8
+    )
     return parts.sum(0)
 
 
@@ -302,7 +306,10 @@ def _cases() -> Iterator[Case]:
             {**tile, "EXACT": False}, 8,
         )  # fmt: skip
         sums = {"x_ptr": "*bf16", "parts_ptr": "*fp32", "num_rows": "i32"}
-        yield Case(f"column sums {name}", _column_sums, sums, tile, 8)
+        yield Case(f"column sums {name}", _column_sums, sums, {**tile, "copy_ptr": None}, 8)
+    copied = {"x_ptr": "*fp32", "copy_ptr": "*bf16", "parts_ptr": "*fp32", "num_rows": "i32"}
+    tile = {"WIDTH": 384, "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}
+    yield Case("column sums and a copy", _column_sums, copied, tile, 8)
 
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case(

@@ -146,6 +146,24 @@ def column_sums(x_RF: Tensor, *, backend: Backend = "auto") -> Tensor:
     return kernel.column_sums(x_RF.contiguous())
 
 
+@watched
+def narrowed_with_sums(
+    x_RF: Tensor, dtype: torch.dtype, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """x in `dtype`, itself if it is of it, and x's sums over its rows [F], float32 at least.
+    Raises ValueError for other shapes."""
+    _check_rows(x_RF)
+    if len(x_RF) == 0 or not _by_kernel(backend, x_RF):
+        return x_RF.to(dtype), reference.column_sums(x_RF)
+    from . import kernel
+
+    x_RF = x_RF.contiguous()
+    if x_RF.dtype == dtype:
+        return x_RF, kernel.column_sums(x_RF)
+    copy_RF = torch.empty_like(x_RF, dtype=dtype)
+    return copy_RF, kernel.column_sums(x_RF, copy_RF)
+
+
 def _by_kernel(backend: Backend, x: Tensor) -> bool:
     if wide(x.dtype) == torch.float64:  # the kernels compute in float32
         return False

@@ -65,7 +65,7 @@ class Tiles:
 # newer), and for older ones.
 TILES = {
     16: Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-    32: Tiles(Tile(64, 64, 4, 3), Tile(128, 32, 4, 3), Tile(64, 64, 4, 3)),
+    32: Tiles(Tile(64, 64, 4, 3), Tile(128, 32, 4, 3), Tile(64, 64, 4, 3, 168)),
     64: Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 3)),
     128: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
 }
@@ -394,6 +394,7 @@ def _case(
         num_warps=tile.warps,
         divisible_by_16=(*arrays, *strides),
         capabilities=capabilities,
+        registers=tile.registers,
     )
 
 

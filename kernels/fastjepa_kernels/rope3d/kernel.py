@@ -8,8 +8,8 @@ qkv) and joined again. Bytes a token: out of place `2 * 3 H C` elements, in plac
 its 4 or 8 bytes. A tile has 1024 elements on 64 threads: two loads of 16 bytes a thread in half
 precision, and blocks small enough that many fit a multiprocessor and hide each other's latency.
 
-Every element is written by one thread, and nothing is summed across threads: two runs give the
-same bits.
+`_pack`, the gradient's, also sums over the rows: its programs walk over many rows each, and their
+sums are added up in one more, small pass. The order is fixed: two runs give the same bits.
 
 Shapes: B clips, N tokens, M table rows, H heads, C head channels.
 """
@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ahead_of_time import Case
-from ..grid import next_power_of_2
+from ..grid import cdiv, next_power_of_2
 
 TILE, NUM_WARPS = 1024, 2
+# Where rows are summed over: programs that walk over many rows, and their warps.
+PROGRAMS, PACK_WARPS = 1056, 4
 
 
 @triton.jit
@@ -65,31 +67,61 @@ def _turn(
 
 
 @triton.jit
+def _parts(
+    dq_ptr, dk_ptr, dv_ptr, table_ptr, n, num_rows, head_H, c_C,
+    q_n, q_h, k_n, k_h, v_n, v_h, table_n,
+    HEADS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Row n of the three gradients, and its cos and sin; zeros beyond the last."""
+    n_1 = (n + tl.arange(0, 1)[:, None]).to(tl.int64)
+    in_HC = (n_1 < num_rows) & (c_C < C) & (head_H < HEADS)
+    q_HC = tl.load(dq_ptr + n_1 * q_n + head_H * q_h + c_C, mask=in_HC, other=0.0)
+    k_HC = tl.load(dk_ptr + n_1 * k_n + head_H * k_h + c_C, mask=in_HC, other=0.0)
+    v_HC = tl.load(dv_ptr + n_1 * v_n + head_H * v_h + c_C, mask=in_HC, other=0.0)
+    pair_P = tl.arange(0, BLOCK_C // 2)[None, :] * 2
+    in_P = (n_1 < num_rows) & (pair_P < C)
+    cos_P = tl.load(table_ptr + n_1 * table_n + pair_P, mask=in_P, other=0.0)
+    sin_P = tl.load(table_ptr + n_1 * table_n + pair_P + 1, mask=in_P, other=0.0)
+    return q_HC, k_HC, v_HC, cos_P, sin_P
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _pack(
-    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr,
+    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr, sums_ptr, num_rows,
     q_n, q_h, k_n, k_h, v_n, v_h, table_n, out_n, out_3, out_h,
     HEADS: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    dq_ptr, dk_ptr, dv_ptr, out_ptr = (
-        dq_ptr + n * q_n,
-        dk_ptr + n * k_n,
-        dv_ptr + n * v_n,
-        out_ptr + n * out_n,
-    )
+    head_H = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     c_C = tl.arange(0, BLOCK_C)[None, :]
-    table_C = tl.load(table_ptr + n * table_n + c_C, mask=c_C < C, other=0.0)
-    cos_P, sin_P = tl.split(tl.reshape(table_C, (1, BLOCK_C // 2, 2)))
-    for first in range(0, HEADS, BLOCK_H):
-        head_H = first + tl.arange(0, BLOCK_H)[:, None]
-        in_HC = (head_H < HEADS) & (c_C < C)
-        out_HC = out_ptr + head_H * out_h + c_C
-        q_HC = tl.load(dq_ptr + head_H * q_h + c_C, mask=in_HC, other=0.0)
-        tl.store(out_HC, _turned(q_HC, cos_P, -sin_P, BLOCK_H, BLOCK_C), mask=in_HC)
-        k_HC = tl.load(dk_ptr + head_H * k_h + c_C, mask=in_HC, other=0.0)
-        tl.store(out_HC + out_3, _turned(k_HC, cos_P, -sin_P, BLOCK_H, BLOCK_C), mask=in_HC)
-        v_HC = tl.load(dv_ptr + head_H * v_h + c_C, mask=in_HC, other=0.0)
+    in_HC = (head_H < HEADS) & (c_C < C)
+    q_sum_HC = tl.zeros((BLOCK_H, BLOCK_C), sums_ptr.dtype.element_ty)
+    k_sum_HC = tl.zeros((BLOCK_H, BLOCK_C), sums_ptr.dtype.element_ty)
+    v_sum_HC = tl.zeros((BLOCK_H, BLOCK_C), sums_ptr.dtype.element_ty)
+    first, step = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    next_q, next_k, next_v, next_cos, next_sin = _parts(
+        dq_ptr, dk_ptr, dv_ptr, table_ptr, first, num_rows, head_H, c_C,
+        q_n, q_h, k_n, k_h, v_n, v_h, table_n, HEADS, C, BLOCK_C,
+    )  # fmt: skip
+    for n in range(first, num_rows, step):
+        # The next row is on its way while this one is turned.
+        q_HC, k_HC, v_HC, cos_P, sin_P = next_q, next_k, next_v, next_cos, next_sin
+        next_q, next_k, next_v, next_cos, next_sin = _parts(
+            dq_ptr, dk_ptr, dv_ptr, table_ptr, n + step, num_rows, head_H, c_C,
+            q_n, q_h, k_n, k_h, v_n, v_h, table_n, HEADS, C, BLOCK_C,
+        )  # fmt: skip
+        q_HC = _turned(q_HC, cos_P, -sin_P, BLOCK_H, BLOCK_C)
+        k_HC = _turned(k_HC, cos_P, -sin_P, BLOCK_H, BLOCK_C)
+        out_HC = out_ptr + n * out_n + head_H * out_h + c_C
+        tl.store(out_HC, q_HC, mask=in_HC)
+        tl.store(out_HC + out_3, k_HC, mask=in_HC)
         tl.store(out_HC + 2 * out_3, v_HC, mask=in_HC)
+        q_sum_HC += q_HC
+        k_sum_HC += k_HC
+        v_sum_HC += v_HC
+    sums_HC = sums_ptr + tl.program_id(0).to(tl.int64) * (3 * HEADS * C) + head_H * C + c_C
+    tl.store(sums_HC, q_sum_HC, mask=in_HC)
+    tl.store(sums_HC + HEADS * C, k_sum_HC, mask=in_HC)
+    tl.store(sums_HC + 2 * HEADS * C, v_sum_HC, mask=in_HC)
 
 
 def rope3d(
@@ -115,16 +147,21 @@ def rope3d(
 
 def pack(
     dq_RHC: Tensor, dk_RHC: Tensor, dv_RHC: Tensor, table_RC: Tensor, out_R3HC: Tensor
-) -> None:
-    """Write dq and dk, turned back, and dv side by side. Channels lie side by side in all."""
+) -> Tensor:
+    """Write dq and dk, turned back, and dv side by side; return the sums over rows [3, H, C] in
+    the table's dtype. Channels lie side by side in all."""
     rows, heads, channels = dq_RHC.shape
     block_c = next_power_of_2(channels)
-    _pack[(rows,)](
-        dq_RHC, dk_RHC, dv_RHC, table_RC, out_R3HC,
+    block_h = _rows_of_a_tile(heads, block_c)
+    programs = min(PROGRAMS, rows)
+    sums = table_RC.new_empty((programs, 3, heads, channels))
+    _pack[(programs, cdiv(heads, block_h))](
+        dq_RHC, dk_RHC, dv_RHC, table_RC, out_R3HC, sums, rows,
         *dq_RHC.stride()[:2], *dk_RHC.stride()[:2], *dv_RHC.stride()[:2], table_RC.stride(0),
-        *out_R3HC.stride()[:3], HEADS=heads, C=channels, BLOCK_H=_rows_of_a_tile(heads, block_c),
-        BLOCK_C=block_c, num_warps=NUM_WARPS,
+        *out_R3HC.stride()[:3], HEADS=heads, C=channels, BLOCK_H=block_h, BLOCK_C=block_c,
+        num_warps=PACK_WARPS,
     )  # fmt: skip
+    return sums.sum(0)
 
 
 def _rows_of_a_tile(rows: int, block_c: int) -> int:
@@ -169,15 +206,16 @@ def _pack_case(heads: int, channels: int) -> Case:
     pointers = ("dq_ptr", "dk_ptr", "dv_ptr", "out_ptr")
     block_c = next_power_of_2(channels)
     signature = {
-        **dict.fromkeys(pointers, "*bf16"), "table_ptr": "*fp32", **dict.fromkeys(strides, "i32"),
+        **dict.fromkeys(pointers, "*bf16"), "table_ptr": "*fp32", "sums_ptr": "*fp32",
+        "num_rows": "i32", **dict.fromkeys(strides, "i32"),
     }  # fmt: skip
     constants = {
         "HEADS": heads, "C": channels, "BLOCK_H": _rows_of_a_tile(heads, block_c),
         "BLOCK_C": block_c,
     }  # fmt: skip
     return Case(
-        f"packed gradient {heads}x{channels}", _pack, signature, constants, num_warps=NUM_WARPS,
-        divisible_by_16=(*pointers, "table_ptr", *strides),
+        f"packed gradient {heads}x{channels}", _pack, signature, constants, num_warps=PACK_WARPS,
+        divisible_by_16=(*pointers, "table_ptr", "sums_ptr", *strides),
     )  # fmt: skip
 
 

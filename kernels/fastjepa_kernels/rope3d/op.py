@@ -90,8 +90,9 @@ def turned_gradient(
     table_RC2: Tensor,
     *,
     backend: Backend = "auto",
-) -> Tensor:
-    """The gradient of a packed qkv [R, 3, H, C] from those of turned q, turned k and v [R, H, C].
+) -> tuple[Tensor, Tensor]:
+    """The gradient of a packed qkv [R, 3, H, C] from those of turned q, turned k and v [R, H, C],
+    and its sum over rows [3, H, C], float32 at least: the gradient of a bias.
 
     table_RC2: [R, C/2, 2], as for `turn_rows_`, whose backward this is: q's and k's are turned back
     while the three are laid side by side. Raises ValueError for shapes that do not fit.
@@ -106,18 +107,17 @@ def turned_gradient(
     out_R3HC = dq_RHC.new_empty((rows, 3, heads, channels))
     _check(out_R3HC, table_RC2, None)
     if rows == 0:
-        return out_R3HC
+        return out_R3HC, table_RC2.new_zeros((3, heads, channels))
     dq, dk, dv = (_paired(part) for part in (dq_RHC, dk_RHC, dv_RHC))
     if use_triton(backend, dq_RHC):
         from . import kernel
 
-        kernel.pack(dq, dk, dv, table_RC2.flatten(-2), out_R3HC)
-        return out_R3HC
+        return out_R3HC, kernel.pack(dq, dk, dv, table_RC2.flatten(-2), out_R3HC)
     factor_R1P = as_factor(_paired(table_RC2), inverse=True)[:, None]
     rotate_into(dq, factor_R1P, out_R3HC[:, 0])
     rotate_into(dk, factor_R1P, out_R3HC[:, 1])
     out_R3HC[:, 2].copy_(dv)
-    return out_R3HC
+    return out_R3HC, out_R3HC.sum(0, dtype=table_RC2.dtype)
 
 
 def as_factor(table_C2: Tensor, *, inverse: bool = False) -> Tensor:
