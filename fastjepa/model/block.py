@@ -23,6 +23,7 @@ from fastjepa.model.block_compiled import (
     compiled_halves,
 )
 from fastjepa.model.block_cpu import attention_half, mlp_half, widened
+from fastjepa.model.block_gpu import Unsummed
 from fastjepa.model.positions import packed_table, turn_tiled
 from fastjepa.model.segments import Segment, SharedRow
 from fastjepa.presets import Rope
@@ -103,20 +104,25 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_RD: Tensor,
+        x_RD: Tensor | Unsummed,
         tables_RC2: Sequence[Tensor],
         segments: Sequence[Segment],
         shared: SharedRow | None = None,
         recompute: bool = False,
-    ) -> Tensor:
+        unsummed: bool = False,
+    ) -> Tensor | Unsummed:
         """x_RD: [R, D]; tables: for each segment the rows of `rotary_table` in the block's layout,
         [count or 1, length, C/2, 2] or (tiled) [count or 1, length, C, 2], or a single one with a
         row for each of x's (`packed_table`).
 
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
-        [R, D]. `recompute`: see block_cpu.py, which alone knows it.
+        [R, D]. `recompute`: see block_cpu.py, which alone knows it. With `unsummed` the last
+        addition may be left to the block behind it, which takes what comes (block_gpu.py).
         """
-        way = self.way(x_RD)
+        way = self.way(x_RD if isinstance(x_RD, Tensor) else x_RD[0])
+        if way == "gpu":
+            return self._on_a_gpu(x_RD, tables_RC2, segments, shared, unsummed=unsummed)
+        x_RD = block_gpu.summed(x_RD)
         assert not recompute or way == "cpu"
         if way == "cpu":
             x_RD = attention_half(
@@ -125,14 +131,26 @@ class Block(nn.Module):
             return mlp_half(x_RD, self.norm2, self.mlp, recompute=recompute)
         if shared:
             x_RD = shared.spread(x_RD)
-        if way == "gpu":
-            table_RC2 = _packed(tables_RC2, segments)
-            x_RD, q, k, v = block_gpu.before_attention(self, x_RD, table_RC2)
-            mixed_RHC = attend(q, k, v, segments, backend=self.backend)
-            return block_gpu.after_attention(self, x_RD, mixed_RHC.flatten(1))
         before, after = compiled_halves() if self.compiled else (before_attention, after_attention)
         mixed_RD = self.attend(before(self, x_RD), tables_RC2, segments)
         return after(self, x_RD, mixed_RD)
+
+    def _on_a_gpu(
+        self,
+        x_RD: Tensor | Unsummed,
+        tables_RC2: Sequence[Tensor],
+        segments: Sequence[Segment],
+        shared: SharedRow | None,
+        *,
+        unsummed: bool,
+    ) -> Tensor | Unsummed:
+        if shared:
+            x_RD = shared.spread(block_gpu.summed(x_RD))
+        table_RC2 = _packed(tables_RC2, segments)
+        x_RD, q, k, v = block_gpu.before_attention(self, x_RD, table_RC2)
+        mixed_RHC = attend(q, k, v, segments, backend=self.backend)
+        out = block_gpu.after_attention(self, x_RD, mixed_RHC.flatten(1))
+        return out if unsummed else block_gpu.summed(out)
 
     def way(self, x: Tensor) -> str | None:
         """Which of the hand-written ways runs on such rows, `cpu` or `gpu`; None for the plain."""

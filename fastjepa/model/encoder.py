@@ -135,7 +135,7 @@ class Encoder(nn.Module):
                     block, x_RD, tables, segments, keep_attention=self.keep_attention
                 )
             else:
-                x_RD = block(x_RD, tables, segments)
+                x_RD = block(x_RD, tables, segments, unsummed=number not in wanted)
             if number in wanted:
                 outputs[number] = self._level(number, x_RD)
         return [outputs[number] for number in wanted]

@@ -130,12 +130,13 @@ class Predictor(nn.Module):
         tables = [table for part in parts for table in self._rotary_rows(part, like=x_RP)]
         first: Block = self.predictor_blocks[0]  # type: ignore[assignment]
         tables = first.tables(x_RP, tables, segments)
+        last = len(self.predictor_blocks) - 1
         for number, block in enumerate(self.predictor_blocks):
             inputs = x_RP, tables, segments, None if number else shared
             if self.checkpointing:
                 x_RP = run_checkpointed(block, *inputs, keep_attention=self.keep_attention)
             else:
-                x_RP = block(*inputs)
+                x_RP = block(*inputs, unsummed=number < last)
         x_RP = self.predictor_norm(x_RP)
         pairs = [
             segment.rows(x_RP).split([count, segment.length - count], dim=1)

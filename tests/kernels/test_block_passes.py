@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
+    add_rows,
     column_sums,
     gelu,
     gelu_backward,
@@ -47,9 +48,14 @@ def test_norm_and_sum(
         normal(rows, width, dtype=d, device=device, seed=s) for s, d in ((0, stream), (1, dtype))
     )
     weight, bias = (normal(width, dtype=torch.float32, device=device, seed=s) for s in (2, 3))
-    for own in (delta, None):
-        total, normed = add_layer_norm(x, own, weight, bias, eps=EPS, dtype=dtype, backend=backend)  # type: ignore[arg-type]
+    for own, shift in ((delta, None), (delta, bias), (None, None)):
+        total, normed = add_layer_norm(
+            x, own, weight, bias, eps=EPS, dtype=dtype, shift_D=shift, backend=backend  # type: ignore[arg-type]
+        )  # fmt: skip
         exact = x.double() if own is None else x.double() + own.double()
+        if shift is not None:
+            exact = exact + shift.double()
+            assert torch.equal(add_rows(x, delta, shift, backend=backend), total)  # type: ignore[arg-type]
         close(total, exact, stream)
         close(
             normed,
@@ -152,6 +158,8 @@ def test_what_does_not_fit_is_named() -> None:
         add_layer_norm(x, x[:3], weight, weight, eps=EPS, dtype=HALF)
     with pytest.raises(ValueError, match=r"weight: expected \[8\], got \(7,\)"):
         add_layer_norm(x, None, weight[:7], weight, eps=EPS, dtype=HALF)
+    with pytest.raises(ValueError, match=r"shift: expected \[8\], got \(7,\)"):
+        add_rows(x, x, weight[:7])
     with pytest.raises(ValueError, match=r"da: expected a contiguous tensor"):
         gelu_backward(torch.ones(8, 4), x.t())
     with pytest.raises(ValueError, match=r"h: expected a contiguous tensor"):

@@ -138,6 +138,29 @@ def test_packed_sequences_equal_separate_passes(way: str) -> None:
     torch.testing.assert_close(packed, torch.cat(apart))
 
 
+@pytest.mark.parametrize("way", [*BY_HAND, "plain"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_block_may_leave_its_last_addition_to_the_next(way: str, dtype: torch.dtype) -> None:
+    blocks = [make_block(way, seed).to(dtype) for seed in range(3)]
+    leaves = [parameter for block in blocks for parameter in block.parameters()]
+    sizes = [(2, 5), (1, 3)]
+    x, tables = make_input(sizes)
+    start, tables = x.to(dtype).requires_grad_(), [table.to(dtype) for table in tables]
+
+    def chain(unsummed: bool) -> list[Tensor]:
+        stream = start
+        for block in blocks:
+            leaves_it = unsummed and block is not blocks[-1]
+            stream = block(stream, tables, segments_of(sizes), unsummed=leaves_it)
+            assert isinstance(stream, tuple) == (leaves_it and way == "gpu")
+        upstream = torch.randn_like(stream, generator=torch.Generator().manual_seed(1))
+        return [stream, *torch.autograd.grad(stream, [start, *leaves], upstream)]
+
+    tight = {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {}
+    for left, added in zip(chain(True), chain(False), strict=True):
+        torch.testing.assert_close(left, added, **tight)
+
+
 @pytest.mark.parametrize("way", BY_HAND)
 def test_without_gradients_the_numbers_are_the_same(way: str) -> None:
     block, (x, tables) = make_block(way), make_input([(2, 9)])

@@ -40,22 +40,26 @@ def _tile(start, num_rows, d_D, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_norm(
-    x_ptr, delta_ptr, sum_ptr, out_ptr, weight_ptr, bias_ptr, num_rows, eps,
+    x_ptr, delta_ptr, shift_ptr, sum_ptr, out_ptr, weight_ptr, bias_ptr, num_rows, eps,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d_D = tl.arange(0, BLOCK_D)[None, :]
     place, inside = _tile(tl.program_id(0) * BLOCK_R, num_rows, d_D, WIDTH, BLOCK_R)
     x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if delta_ptr is not None:
-        x_RD += tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        delta_RD = tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            delta_RD += tl.load(shift_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
+        x_RD += delta_RD
         rounded_RD = x_RD.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + place, rounded_RD, mask=inside)
         x_RD = rounded_RD.to(tl.float32)
-    unit_RD, _ = _standard(x_RD, d_D, WIDTH, eps)
-    weight_D = tl.load(weight_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
-    bias_D = tl.load(bias_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
-    out_RD = unit_RD * weight_D + bias_D
-    tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
+    if out_ptr is not None:
+        unit_RD, _ = _standard(x_RD, d_D, WIDTH, eps)
+        weight_D = tl.load(weight_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
+        bias_D = tl.load(bias_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
+        out_RD = unit_RD * weight_D + bias_D
+        tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -200,14 +204,14 @@ def _row_shape(width: int, numbers: int) -> dict[str, int]:
 
 
 def add_norm(
-    x_RD: Tensor, delta_RD: Tensor | None, sum_RD: Tensor | None, out_RD: Tensor, weight_D: Tensor,
-    bias_D: Tensor, eps: float,
+    x_RD: Tensor, delta_RD: Tensor | None, shift_D: Tensor | None, sum_RD: Tensor | None,
+    out_RD: Tensor | None, weight_D: Tensor | None, bias_D: Tensor | None, eps: float,
 ) -> None:  # fmt: skip
-    """Write `x + delta`, unless there is no delta, and its norm."""
+    """Write `x + delta + shift`, unless there is no delta, and its norm, if there is an `out`."""
     rows, width = x_RD.shape
     shape = _row_shape(width, 2048)
     _add_norm[(cdiv(rows, shape["BLOCK_R"]),)](
-        x_RD, delta_RD, sum_RD, out_RD, weight_D, bias_D, rows, eps, WIDTH=width, **shape
+        x_RD, delta_RD, shift_D, sum_RD, out_RD, weight_D, bias_D, rows, eps, WIDTH=width, **shape
     )
 
 
@@ -281,11 +285,12 @@ def _cases() -> Iterator[Case]:
         constants = {"WIDTH": width, **shape}
         rows = {"num_rows": "i32", "eps": "fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32"}
         pointers = {"x_ptr": f"*{stream}", "out_ptr": "*bf16"}
-        alone = {"delta_ptr": None, "sum_ptr": None}
-        yield Case(
-            f"add norm {name}", _add_norm,
-            {**pointers, **rows, "delta_ptr": "*bf16", "sum_ptr": f"*{stream}"}, constants, warps,
-        )  # fmt: skip
+        alone = {"delta_ptr": None, "shift_ptr": None, "sum_ptr": None}
+        added = {"delta_ptr": "*bf16", "shift_ptr": "*fp32", "sum_ptr": f"*{stream}"}
+        yield Case(f"add norm {name}", _add_norm, {**pointers, **rows, **added}, constants, warps)
+        no_norm = dict.fromkeys(("out_ptr", "weight_ptr", "bias_ptr"))
+        only = {"x_ptr": f"*{stream}", **added, "num_rows": "i32", "eps": "fp32"}
+        yield Case(f"add {name}", _add_norm, only, {**constants, **no_norm}, warps)
         yield Case(f"norm {name}", _add_norm, {**pointers, **rows}, {**constants, **alone}, warps)
         yield Case(
             f"norm backward {name}", _norm_backward,

@@ -41,17 +41,19 @@ def add_layer_norm(
     *,
     eps: float,
     dtype: torch.dtype,
+    shift_D: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`s = x + delta` in x's dtype and `norm(s)` in `dtype`, both [R, D]; s is x without a delta.
+    """`s = x + delta + shift` in x's dtype and `norm(s)` in `dtype`, both [R, D]; s is x without a
+    delta. shift: the bias [D] of the product that delta is.
 
     Statistics in float32 (float64 for float64 x). Raises ValueError for shapes or devices that do
     not fit. (docs/method.md section 2.)
     """
     _check_rows(x_RD, delta=delta_RD)
-    _check_norm(x_RD, weight_D, bias_D)
+    _check_channels(x_RD, weight=weight_D, bias=bias_D, shift=shift_D)
     if not _by_kernel(backend, x_RD):
-        return reference.add_layer_norm(x_RD, delta_RD, weight_D, bias_D, eps, dtype)
+        return reference.add_layer_norm(x_RD, delta_RD, shift_D, weight_D, bias_D, eps, dtype)
     from . import kernel
 
     x_RD = x_RD.contiguous()
@@ -59,8 +61,26 @@ def add_layer_norm(
     normed_RD = torch.empty_like(x_RD, dtype=dtype)
     if len(x_RD):
         delta_RD = None if delta_RD is None else delta_RD.contiguous()
-        kernel.add_norm(x_RD, delta_RD, sum_RD, normed_RD, weight_D, bias_D, eps)
+        kernel.add_norm(x_RD, delta_RD, shift_D, sum_RD, normed_RD, weight_D, bias_D, eps)
     return x_RD if sum_RD is None else sum_RD, normed_RD
+
+
+@watched
+def add_rows(
+    x_RD: Tensor, delta_RD: Tensor, shift_D: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """`x + delta + shift` [R, D] in x's dtype, rounded once. Raises ValueError for shapes or
+    devices that do not fit."""
+    _check_rows(x_RD, delta=delta_RD)
+    _check_channels(x_RD, shift=shift_D)
+    if len(x_RD) == 0 or not _by_kernel(backend, x_RD):
+        return reference.add_rows(x_RD, delta_RD, shift_D)
+    from . import kernel
+
+    x_RD = x_RD.contiguous()
+    sum_RD = torch.empty_like(x_RD)
+    kernel.add_norm(x_RD, delta_RD.contiguous(), shift_D, sum_RD, None, None, None, 0.0)
+    return sum_RD
 
 
 @watched
@@ -79,7 +99,7 @@ def layer_norm_backward(
     added to x's. Without `narrow` x's gradient is in the residual's dtype alone. Raises ValueError
     as `add_layer_norm` does."""
     _check_rows(x_RD, dn=dn_RD, residual=residual_RD)
-    _check_norm(x_RD, weight_D, bias_D)
+    _check_channels(x_RD, weight=weight_D, bias=bias_D)
     if len(x_RD) == 0 or not _by_kernel(backend, x_RD):
         found = reference.layer_norm_backward(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps)
         return NormGradients(*found)
@@ -179,8 +199,8 @@ def _check_rows(x: Tensor, **beside: Tensor | None) -> None:
     check_same_device(rows=x, **beside)
 
 
-def _check_norm(x_RD: Tensor, weight_D: Tensor, bias_D: Tensor) -> None:
-    for name, tensor in (("weight", weight_D), ("bias", bias_D)):
-        if tensor.shape != x_RD.shape[1:]:
+def _check_channels(x_RD: Tensor, **beside: Tensor | None) -> None:
+    for name, tensor in beside.items():
+        if tensor is not None and tensor.shape != x_RD.shape[1:]:
             raise ValueError(f"{name}: expected [{x_RD.shape[1]}], got {tuple(tensor.shape)}")
-    check_same_device(rows=x_RD, weight=weight_D, bias=bias_D)
+    check_same_device(rows=x_RD, **beside)

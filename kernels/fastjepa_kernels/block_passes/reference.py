@@ -9,12 +9,18 @@ from torch import Tensor
 from ..precision import wide
 
 
+def add_rows(x_RD: Tensor, delta_RD: Tensor, shift_D: Tensor | None) -> Tensor:
+    """`x + delta + shift` in x's dtype, rounded once."""
+    delta = delta_RD.to(wide(x_RD.dtype))
+    return (x_RD + (delta if shift_D is None else delta + shift_D)).to(x_RD.dtype)
+
+
 def add_layer_norm(
-    x_RD: Tensor, delta_RD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float,
-    dtype: torch.dtype,
+    x_RD: Tensor, delta_RD: Tensor | None, shift_D: Tensor | None, weight_D: Tensor,
+    bias_D: Tensor, eps: float, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`s = x + delta` in x's dtype, and LayerNorm of s in `dtype`."""
-    sum_RD = x_RD if delta_RD is None else (x_RD + delta_RD).to(x_RD.dtype)
+    """`s = x + delta + shift` in x's dtype, and LayerNorm of s in `dtype`."""
+    sum_RD = x_RD if delta_RD is None else add_rows(x_RD, delta_RD, shift_D)
     centred_RD, inverse_R1 = _standard(sum_RD, eps)
     normed_RD = centred_RD * inverse_R1 * weight_D.to(inverse_R1.dtype) + bias_D
     return sum_RD, normed_RD.to(dtype)
