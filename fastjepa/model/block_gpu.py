@@ -2,9 +2,10 @@
 written by hand.
 
 Written op by op, a block spends a third of a GPU's time in passes over rows. Here
-- a product's bias, residual and norm are one pass, also from block to block, and in the backward
-  the norm's gradient, the residual's, the norm's output and three sums over the rows are one;
-  GELU's gradient, GELU again and the bias's gradient are one (fastjepa_kernels.block_passes);
+- biases are added in the passes behind their products: bias, residual and norm are one pass, also
+  from block to block, and in the backward the norm's gradient, the residual's, the norm's output
+  and three sums over the rows are one; GELU's gradient, GELU again and the bias's gradient are one
+  (fastjepa_kernels.block_passes);
 - q and k are rotated where the product wrote them, and their gradients turned back while the three
   are packed and summed over the rows;
 - LayerNorm's and GELU's outputs are made again in the backward, not saved, and so are the weights
@@ -84,10 +85,6 @@ def _for_products(dtype: torch.dtype, *parameters: Tensor) -> Sequence[Tensor]:
     return copies
 
 
-def _linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    return torch.addmm(bias_O, x_RI, weight_OI.t())
-
-
 def _grad_weight(dy_RO: Tensor, x_RI: Tensor, dtype: torch.dtype) -> Tensor:
     """`dy^T x` in the weight's dtype: [O, I]."""
     if dtype == dy_RO.dtype or dy_RO.device.type != "cuda":
@@ -104,7 +101,8 @@ class _Before(torch.autograd.Function):
         x_RD, n_RD = add_layer_norm(
             x_RD, delta_RD, norm_w, norm_b, eps=eps, dtype=dtype, shift_D=shift_D
         )
-        qkv_R3HC = _linear(n_RD, *_for_products(dtype, qkv_w, qkv_b)).unflatten(-1, (3, heads, -1))
+        weight, bias = _for_products(dtype, qkv_w, qkv_b)
+        qkv_R3HC = torch.addmm(bias, n_RD, weight.t()).unflatten(-1, (3, heads, -1))
         turn_rows_(qkv_R3HC, table_RC2)
         ctx.save_for_backward(x_RD, norm_w, norm_b, qkv_w, table_RC2)
         ctx.eps, ctx.shift = eps, None if shift_D is None else shift_D.dtype
@@ -134,24 +132,24 @@ class _After(torch.autograd.Function):
     ) -> Unsummed:
         dtype = product_dtype(x_RD)
         mixed_RD = mixed_RD.to(dtype)
-        proj, fc1, fc1_bias, fc2 = _for_products(dtype, proj_w, fc1_w, fc1_b, fc2_w)
+        proj, fc1, fc2 = _for_products(dtype, proj_w, fc1_w, fc2_w)
         x_RD, n_RD = add_layer_norm(
             x_RD, mixed_RD @ proj.t(), norm_w, norm_b, eps=eps, dtype=dtype, shift_D=proj_b
         )
-        h_RF = _linear(n_RD, fc1, fc1_bias)
+        h_RF = n_RD @ fc1.t()
         del n_RD
         trains = any(ctx.needs_input_grad)
         if trains:
-            ctx.save_for_backward(x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w)
+            ctx.save_for_backward(x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc1_b, fc2_w)
             ctx.eps = eps
-        return x_RD, gelu(h_RF, overwrite=not trains) @ fc2.t(), fc2_b.clone()
+        return x_RD, gelu(h_RF, fc1_b, overwrite=not trains) @ fc2.t(), fc2_b.clone()
 
     @staticmethod
     def backward(ctx: Any, dx_RD, dy, dfc2_b) -> Any:  # type: ignore[no-untyped-def]
-        x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc2_w = ctx.saved_tensors
+        x_RD, mixed_RD, h_RF, proj_w, norm_w, norm_b, fc1_w, fc1_b, fc2_w = ctx.saved_tensors
         own = proj_w.dtype
         proj, fc1, fc2 = _for_products(mixed_RD.dtype, proj_w, fc1_w, fc2_w)
-        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, dy @ fc2)
+        dh_RF, a_RF, dfc1_b = gelu_backward(h_RF, dy @ fc2, fc1_b)
         dfc2_w = _grad_weight(dy, a_RF, own)
         del h_RF, a_RF, dy
         norm = layer_norm_backward(dh_RF @ fc1, x_RD, dx_RD, norm_w, norm_b, eps=ctx.eps)

@@ -101,18 +101,20 @@ def test_gelu_and_its_gradient(
 ) -> None:
     h = (3 * normal(rows, width, dtype=torch.float32, device=device)).to(dtype)
     da = normal(rows, width, dtype=dtype, device=device, seed=1)
-    leaf = h.double().requires_grad_()
-    exact = F.gelu(leaf)
-    (slope,) = torch.autograd.grad(exact, leaf, da.double())
-    close(gelu(h, backend=backend), exact.detach(), dtype)  # type: ignore[arg-type]
-    given_h, given_da = h.clone(), da.clone()
-    assert gelu(given_h, overwrite=True, backend=backend) is given_h  # type: ignore[arg-type]
-    close(given_h, exact.detach(), dtype)
-    dh, a, sums = gelu_backward(h, given_da, backend=backend)  # type: ignore[arg-type]
-    assert dh is given_da
-    close(dh, slope, dtype)
-    close(a, exact.detach(), dtype)
-    torch.testing.assert_close(sums.double(), slope.sum(0), rtol=1e-5, atol=1e-4)
+    bias = normal(width, dtype=torch.float32, device=device, seed=2)
+    for shift in (None, bias):
+        leaf = h.double().requires_grad_()
+        exact = F.gelu(leaf if shift is None else leaf + shift)
+        (slope,) = torch.autograd.grad(exact, leaf, da.double())
+        close(gelu(h, shift, backend=backend), exact.detach(), dtype)  # type: ignore[arg-type]
+        given_h, given_da = h.clone(), da.clone()
+        assert gelu(given_h, shift, overwrite=True, backend=backend) is given_h  # type: ignore[arg-type]
+        close(given_h, exact.detach(), dtype)
+        dh, a, sums = gelu_backward(h, given_da, shift, backend=backend)  # type: ignore[arg-type]
+        assert dh is given_da
+        close(dh, slope, dtype)
+        close(a, exact.detach(), dtype)
+        torch.testing.assert_close(sums.double(), slope.sum(0), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rows", "width"), list(product((1, 7, 100), (8, 300))))

@@ -143,22 +143,30 @@ def _below(h, EXACT: tl.constexpr):
     return mass, 0.3989422804014327 * bell
 
 
+@triton.jit
+def _shifted(h_ptr, shift_ptr, place, inside, f_F, WIDTH: tl.constexpr):
+    h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        h_RF += tl.load(shift_ptr + f_F, mask=f_F < WIDTH, other=0.0).to(tl.float32)
+    return h_RF
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _gelu(
-    h_ptr, a_ptr, num_rows,
+    h_ptr, shift_ptr, a_ptr, num_rows,
     WIDTH: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     across = tl.cdiv(WIDTH, BLOCK_F)
     f_F = tl.program_id(0) % across * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     place, inside = _tile(tl.program_id(0) // across * BLOCK_R, num_rows, f_F, WIDTH, BLOCK_R)
-    h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    h_RF = _shifted(h_ptr, shift_ptr, place, inside, f_F, WIDTH)
     mass_RF, _ = _below(h_RF, EXACT)
     tl.store(a_ptr + place, (h_RF * mass_RF).to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gelu_backward(
-    h_ptr, da_ptr, a_ptr, parts_ptr, num_rows,
+    h_ptr, shift_ptr, da_ptr, a_ptr, parts_ptr, num_rows,
     WIDTH: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -166,7 +174,7 @@ def _gelu_backward(
     step = tl.num_programs(1) * BLOCK_R
     for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
         place, inside = _tile(start, num_rows, f_F[None, :], WIDTH, BLOCK_R)
-        h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        h_RF = _shifted(h_ptr, shift_ptr, place, inside, f_F[None, :], WIDTH)
         da_RF = tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
         mass_RF, density_RF = _below(h_RF, EXACT)
         dh_RF = da_RF * (mass_RF + h_RF * density_RF)
@@ -238,11 +246,11 @@ def _tiles(rows: int, width: int) -> tuple[int, int]:
     return across, min(cdiv(rows, ROWS), max(1, 2 * PROGRAMS // across))
 
 
-def gelu(h_RF: Tensor, a_RF: Tensor) -> None:
-    """Write gelu(h) to `a`, which may be h."""
+def gelu(h_RF: Tensor, shift_F: Tensor | None, a_RF: Tensor) -> None:
+    """Write gelu(h + shift) to `a`, which may be h."""
     rows, width = h_RF.shape
     _gelu[(cdiv(width, COLUMNS) * cdiv(rows, ROWS),)](
-        h_RF, a_RF, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS, BLOCK_F=COLUMNS,
+        h_RF, shift_F, a_RF, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS, BLOCK_F=COLUMNS,
         num_warps=8,
     )  # fmt: skip
 
@@ -251,13 +259,13 @@ def _exact(h: Tensor) -> bool:
     return h.dtype == torch.float32
 
 
-def gelu_backward(h_RF: Tensor, da_RF: Tensor, a_RF: Tensor) -> Tensor:
-    """Write gelu(h) to `a` and h's gradient over `da`; return the gradient's sums [F]."""
+def gelu_backward(h_RF: Tensor, shift_F: Tensor | None, da_RF: Tensor, a_RF: Tensor) -> Tensor:
+    """Write gelu(h + shift) to `a` and h's gradient over `da`; return the gradient's sums [F]."""
     rows, width = h_RF.shape
     grid = _tiles(rows, width)
     parts = h_RF.new_empty((grid[1], width), dtype=torch.float32)
     _gelu_backward[grid](
-        h_RF, da_RF, a_RF, parts, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS,
+        h_RF, shift_F, da_RF, a_RF, parts, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS,
         BLOCK_F=COLUMNS, num_warps=8,
     )  # fmt: skip
     return parts.sum(0)
@@ -307,7 +315,8 @@ def _cases() -> Iterator[Case]:
         tile = {"WIDTH": 4 * width, "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}
         wide = {"h_ptr": "*bf16", "da_ptr": "*bf16", "a_ptr": "*bf16", "parts_ptr": "*fp32"}
         yield Case(
-            f"GELU backward {name}", _gelu_backward, {**wide, "num_rows": "i32"},
+            f"GELU backward {name}", _gelu_backward,
+            {**wide, "shift_ptr": "*fp32", "num_rows": "i32"},
             {**tile, "EXACT": False}, 8,
         )  # fmt: skip
         sums = {"x_ptr": "*bf16", "parts_ptr": "*fp32", "num_rows": "i32"}
@@ -319,7 +328,9 @@ def _cases() -> Iterator[Case]:
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case(
             f"GELU {dtype}", _gelu,
-            {"h_ptr": f"*{dtype}", "a_ptr": f"*{dtype}", "num_rows": "i32"},
+            {
+                "h_ptr": f"*{dtype}", "shift_ptr": "*fp32", "a_ptr": f"*{dtype}", "num_rows": "i32",
+            },
             {"WIDTH": 4096, "EXACT": dtype == "fp32", "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}, 8,
         )  # fmt: skip
 

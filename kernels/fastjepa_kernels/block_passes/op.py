@@ -117,41 +117,50 @@ def layer_norm_backward(
 
 
 @watched
-def gelu(h_RF: Tensor, *, overwrite: bool = False, backend: Backend = "auto") -> Tensor:
-    """`gelu(h)` [R, F] in h's dtype, exact to that dtype's rounding; `overwrite` writes it over h,
-    which must be contiguous then. Raises ValueError for other shapes and strides."""
+def gelu(
+    h_RF: Tensor,
+    shift_F: Tensor | None = None,
+    *,
+    overwrite: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`gelu(h + shift)` [R, F] in h's dtype, exact to that dtype's rounding; `overwrite` writes it
+    over h, which must be contiguous then. shift: the bias [F] of the product that h is. Raises
+    ValueError for other shapes and strides."""
     _check_rows(h_RF)
+    _check_channels(h_RF, shift=shift_F)
     if overwrite and not h_RF.is_contiguous():
         raise ValueError(f"h: expected a contiguous tensor, got strides {h_RF.stride()}")
     if len(h_RF) == 0 or not _by_kernel(backend, h_RF):
-        a_RF = reference.gelu(h_RF)
+        a_RF = reference.gelu(h_RF, shift_F)
         return h_RF.copy_(a_RF) if overwrite else a_RF
     from . import kernel
 
     h_RF = h_RF.contiguous()
     a_RF = h_RF if overwrite else torch.empty_like(h_RF)
-    kernel.gelu(h_RF, a_RF)
+    kernel.gelu(h_RF, shift_F, a_RF)
     return a_RF
 
 
 @watched
 def gelu_backward(
-    h_RF: Tensor, da_RF: Tensor, *, backend: Backend = "auto"
+    h_RF: Tensor, da_RF: Tensor, shift_F: Tensor | None = None, *, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For `a = gelu(h)`: h's gradient [R, F], which overwrites `da`; a again, in h's dtype;
+    """For `a = gelu(h + shift)`: h's gradient [R, F], which overwrites `da`; a again, in h's dtype;
     the gradient's sum over rows [F], float32 at least. Raises ValueError for shapes or devices
     that do not fit, and for a `da` that is not contiguous."""
     _check_rows(h_RF, da=da_RF)
+    _check_channels(h_RF, shift=shift_F)
     if not da_RF.is_contiguous():
         raise ValueError(f"da: expected a contiguous tensor, got strides {da_RF.stride()}")
     if len(h_RF) == 0 or not _by_kernel(backend, h_RF):
-        dh_RF, a_RF, sum_F = reference.gelu_backward(h_RF, da_RF)
+        dh_RF, a_RF, sum_F = reference.gelu_backward(h_RF, da_RF, shift_F)
         return da_RF.copy_(dh_RF), a_RF, sum_F
     from . import kernel
 
     h_RF = h_RF.contiguous()
     a_RF = torch.empty_like(h_RF)
-    sum_F = kernel.gelu_backward(h_RF, da_RF, a_RF)
+    sum_F = kernel.gelu_backward(h_RF, shift_F, da_RF, a_RF)
     return da_RF, a_RF, sum_F
 
 

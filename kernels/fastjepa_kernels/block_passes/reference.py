@@ -43,18 +43,26 @@ def layer_norm_backward(
     return dx_RD.to(residual_RD.dtype), dx_RD.to(dn_RD.dtype), normed_RD.to(dn_RD.dtype), *sums
 
 
-def gelu(h_RF: Tensor) -> Tensor:
-    """`h` times the normal distribution's mass below it."""
-    h = h_RF.to(wide(h_RF.dtype))
+def gelu(h_RF: Tensor, shift_F: Tensor | None) -> Tensor:
+    """`h + shift` times the normal distribution's mass below it, in h's dtype."""
+    h = _shifted(h_RF, shift_F)
     return (h * 0.5 * (1 + torch.erf(h * 0.5**0.5))).to(h_RF.dtype)
 
 
-def gelu_backward(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of h where `a = gelu(h)`, exact; a once more; and the sum of the gradient [F]."""
-    h, da = h_RF.to(wide(h_RF.dtype)), da_RF.to(wide(h_RF.dtype))
+def gelu_backward(
+    h_RF: Tensor, da_RF: Tensor, shift_F: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of h where `a = gelu(h + shift)`, exact; a once more; and the sum of the gradient
+    [F]."""
+    h, da = _shifted(h_RF, shift_F), da_RF.to(wide(h_RF.dtype))
     below = 0.5 * (1 + torch.erf(h * 0.5**0.5))
     dh_RF = da * (below + h * torch.exp(-0.5 * h * h) * (2 * torch.pi) ** -0.5)
     return dh_RF.to(da_RF.dtype), (h * below).to(h_RF.dtype), dh_RF.sum(0)
+
+
+def _shifted(h_RF: Tensor, shift_F: Tensor | None) -> Tensor:
+    h = h_RF.to(wide(h_RF.dtype))
+    return h if shift_F is None else h + shift_F
 
 
 def column_sums(x_RF: Tensor) -> Tensor:
