@@ -345,8 +345,10 @@ def test_on_a_gpu_runs_agree_and_only_results_are_allocated() -> None:
     for _ in range(100):
         assert all(torch.equal(one, other) for one, other in zip(first, run(), strict=True))
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    # What was asked for: the allocator's blocks may be up to 1 MiB larger.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     picked = gather_tokens(x.detach(), seen, add=add.detach())
     rows_of_indices = 3 * seen.numel() * seen.element_size()
-    extra = torch.cuda.max_memory_allocated() - before - picked.numel() * picked.element_size()
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    extra = peak - before - picked.numel() * picked.element_size()
     assert extra <= rows_of_indices + 4096

@@ -1,9 +1,10 @@
 """The passes between a block's products, each element read and written once.
 
 A row of a norm is held by one program, which sums over it in registers: no statistics are kept
-between forward and backward. Sums over the rows (gradients of biases and norms) are added up in
-registers by programs that walk over many rows, and their parts in one more, small pass: the order
-is fixed, so two runs give the same bits.
+between forward and backward. Programs walk over many rows: what belongs to the channels, weights
+and biases, they read once, and sums over the rows (gradients of biases and norms) are added up in
+registers, and their parts in one more, small pass: the order is fixed, so two runs give the same
+bits.
 
 Bytes a row, with e of the products' dtype and s of the residual stream's: `add_norm` reads
 `D (s + e)` and writes as much; `norm_backward` reads `D (e + 2 s)` and writes `D (2 e + s)`;
@@ -14,6 +15,7 @@ Shapes: R rows, D width, F MLP width, P programs.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,12 +25,31 @@ from torch import Tensor
 from ..ahead_of_time import Case
 from ..grid import cdiv, next_power_of_2
 
-# Programs of a pass that also sums over rows: enough to fill the GPU, few enough that their parts
-# are small beside the rows.
-PROGRAMS = 528
-COLUMNS, ROWS = 256, 8
 # Numbers a thread holds of each tensor.
 A_THREAD = 8
+COLUMNS = 256
+
+
+class Walk(NamedTuple):
+    """Rows of a tile, and programs that walk over the tiles. They fill the GPU, and where they sum
+    over rows, their parts are small beside the rows."""
+
+    rows: int
+    programs: int
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.rows * COLUMNS // (32 * A_THREAD))
+
+    def grid(self, rows: int, width: int) -> tuple[int, int]:
+        """Programs over columns, and over rows."""
+        across = cdiv(width, COLUMNS)
+        return across, min(cdiv(rows, self.rows), max(1, self.programs // across))
+
+
+GELU, GELU_BACKWARD, SUMS = Walk(8, 4224), Walk(4, 1056), Walk(8, 1056)
+# Of a norm's passes: numbers of a tile, and programs.
+NORM, NORM_BACKWARD = (2048, 4224), (1024, 528)
 
 
 @triton.jit
@@ -38,28 +59,37 @@ def _tile(start, num_rows, d_D, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr):
     return row_R * WIDTH + d_D, (row_R < num_rows) & (d_D < WIDTH)
 
 
+@triton.jit
+def _channels(ptr, d_D, WIDTH: tl.constexpr):
+    """What belongs to the channels d, the same in every row: float32."""
+    return tl.load(ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _add_norm(
     x_ptr, delta_ptr, shift_ptr, sum_ptr, out_ptr, weight_ptr, bias_ptr, num_rows, eps,
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d_D = tl.arange(0, BLOCK_D)[None, :]
-    place, inside = _tile(tl.program_id(0) * BLOCK_R, num_rows, d_D, WIDTH, BLOCK_R)
-    x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if delta_ptr is not None:
-        delta_RD = tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        if shift_ptr is not None:
-            delta_RD += tl.load(shift_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
-        x_RD += delta_RD
-        rounded_RD = x_RD.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + place, rounded_RD, mask=inside)
-        x_RD = rounded_RD.to(tl.float32)
+    if shift_ptr is not None:
+        shift_D = _channels(shift_ptr, d_D, WIDTH)
     if out_ptr is not None:
-        unit_RD, _ = _standard(x_RD, d_D, WIDTH, eps)
-        weight_D = tl.load(weight_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
-        bias_D = tl.load(bias_ptr + d_D, mask=d_D < WIDTH, other=0.0).to(tl.float32)
-        out_RD = unit_RD * weight_D + bias_D
-        tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
+        weight_D = _channels(weight_ptr, d_D, WIDTH)
+        bias_D = _channels(bias_ptr, d_D, WIDTH)
+    for start in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
+        place, inside = _tile(start, num_rows, d_D, WIDTH, BLOCK_R)
+        x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if delta_ptr is not None:
+            delta_RD = tl.load(delta_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            if shift_ptr is not None:
+                delta_RD += shift_D
+            rounded_RD = (x_RD + delta_RD).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + place, rounded_RD, mask=inside)
+            x_RD = rounded_RD.to(tl.float32)
+        if out_ptr is not None:
+            unit_RD, _ = _standard(x_RD, d_D, WIDTH, eps)
+            out_RD = unit_RD * weight_D + bias_D
+            tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -88,9 +118,7 @@ def _norm_backward(
     WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d_D = tl.arange(0, BLOCK_D)[None, :]
-    in_D = d_D < WIDTH
-    weight_D = tl.load(weight_ptr + d_D, mask=in_D, other=0.0).to(tl.float32)
-    bias_D = tl.load(bias_ptr + d_D, mask=in_D, other=0.0).to(tl.float32)
+    weight_D, bias_D = _channels(weight_ptr, d_D, WIDTH), _channels(bias_ptr, d_D, WIDTH)
     dweight_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     dbias_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     dx_sum_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -143,25 +171,21 @@ def _below(h, EXACT: tl.constexpr):
     return mass, 0.3989422804014327 * bell
 
 
-@triton.jit
-def _shifted(h_ptr, shift_ptr, place, inside, f_F, WIDTH: tl.constexpr):
-    h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        h_RF += tl.load(shift_ptr + f_F, mask=f_F < WIDTH, other=0.0).to(tl.float32)
-    return h_RF
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _gelu(
     h_ptr, shift_ptr, a_ptr, num_rows,
     WIDTH: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    across = tl.cdiv(WIDTH, BLOCK_F)
-    f_F = tl.program_id(0) % across * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    place, inside = _tile(tl.program_id(0) // across * BLOCK_R, num_rows, f_F, WIDTH, BLOCK_R)
-    h_RF = _shifted(h_ptr, shift_ptr, place, inside, f_F, WIDTH)
-    mass_RF, _ = _below(h_RF, EXACT)
-    tl.store(a_ptr + place, (h_RF * mass_RF).to(a_ptr.dtype.element_ty), mask=inside)
+    f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    if shift_ptr is not None:
+        shift_F = _channels(shift_ptr, f_F, WIDTH)
+    for start in range(tl.program_id(1) * BLOCK_R, num_rows, tl.num_programs(1) * BLOCK_R):
+        place, inside = _tile(start, num_rows, f_F, WIDTH, BLOCK_R)
+        h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            h_RF += shift_F
+        mass_RF, _ = _below(h_RF, EXACT)
+        tl.store(a_ptr + place, (h_RF * mass_RF).to(a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -170,11 +194,15 @@ def _gelu_backward(
     WIDTH: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     f_F = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    if shift_ptr is not None:
+        shift_F = _channels(shift_ptr, f_F[None, :], WIDTH)
     sum_RF = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     step = tl.num_programs(1) * BLOCK_R
     for start in range(tl.program_id(1) * BLOCK_R, num_rows, step):
         place, inside = _tile(start, num_rows, f_F[None, :], WIDTH, BLOCK_R)
-        h_RF = _shifted(h_ptr, shift_ptr, place, inside, f_F[None, :], WIDTH)
+        h_RF = tl.load(h_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            h_RF += shift_F
         da_RF = tl.load(da_ptr + place, mask=inside, other=0.0).to(tl.float32)
         mass_RF, density_RF = _below(h_RF, EXACT)
         dh_RF = da_RF * (mass_RF + h_RF * density_RF)
@@ -217,8 +245,9 @@ def add_norm(
 ) -> None:  # fmt: skip
     """Write `x + delta + shift`, unless there is no delta, and its norm, if there is an `out`."""
     rows, width = x_RD.shape
-    shape = _row_shape(width, 2048)
-    _add_norm[(cdiv(rows, shape["BLOCK_R"]),)](
+    shape = _row_shape(width, NORM[0])
+    programs = min(NORM[1], cdiv(rows, shape["BLOCK_R"]))
+    _add_norm[(programs,)](
         x_RD, delta_RD, shift_D, sum_RD, out_RD, weight_D, bias_D, rows, eps, WIDTH=width, **shape
     )
 
@@ -230,8 +259,8 @@ def norm_backward(
     """Write x's gradient, in a second dtype too if asked for, and the norm's output; return the
     sums over rows [3, D]: gradients of weight and bias, and of x's gradient itself."""
     rows, width = x_RD.shape
-    shape = _row_shape(width, 1024)
-    programs = min(PROGRAMS, cdiv(rows, shape["BLOCK_R"]))
+    shape = _row_shape(width, NORM_BACKWARD[0])
+    programs = min(NORM_BACKWARD[1], cdiv(rows, shape["BLOCK_R"]))
     parts = x_RD.new_empty((programs, 3, width), dtype=torch.float32)
     _norm_backward[(programs,)](
         dn_RD, x_RD, residual_RD, weight_D, bias_D, dx_RD, narrow_RD, out_RD, parts, rows, eps,
@@ -240,18 +269,12 @@ def norm_backward(
     return parts.sum(0)
 
 
-def _tiles(rows: int, width: int) -> tuple[int, int]:
-    """Programs over columns, and over rows."""
-    across = cdiv(width, COLUMNS)
-    return across, min(cdiv(rows, ROWS), max(1, 2 * PROGRAMS // across))
-
-
 def gelu(h_RF: Tensor, shift_F: Tensor | None, a_RF: Tensor) -> None:
     """Write gelu(h + shift) to `a`, which may be h."""
     rows, width = h_RF.shape
-    _gelu[(cdiv(width, COLUMNS) * cdiv(rows, ROWS),)](
-        h_RF, shift_F, a_RF, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS, BLOCK_F=COLUMNS,
-        num_warps=8,
+    _gelu[GELU.grid(rows, width)](
+        h_RF, shift_F, a_RF, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=GELU.rows,
+        BLOCK_F=COLUMNS, num_warps=GELU.warps,
     )  # fmt: skip
 
 
@@ -262,11 +285,11 @@ def _exact(h: Tensor) -> bool:
 def gelu_backward(h_RF: Tensor, shift_F: Tensor | None, da_RF: Tensor, a_RF: Tensor) -> Tensor:
     """Write gelu(h + shift) to `a` and h's gradient over `da`; return the gradient's sums [F]."""
     rows, width = h_RF.shape
-    grid = _tiles(rows, width)
+    grid = GELU_BACKWARD.grid(rows, width)
     parts = h_RF.new_empty((grid[1], width), dtype=torch.float32)
     _gelu_backward[grid](
-        h_RF, shift_F, da_RF, a_RF, parts, rows, WIDTH=width, EXACT=_exact(h_RF), BLOCK_R=ROWS,
-        BLOCK_F=COLUMNS, num_warps=8,
+        h_RF, shift_F, da_RF, a_RF, parts, rows, WIDTH=width, EXACT=_exact(h_RF),
+        BLOCK_R=GELU_BACKWARD.rows, BLOCK_F=COLUMNS, num_warps=GELU_BACKWARD.warps,
     )  # fmt: skip
     return parts.sum(0)
 
@@ -274,11 +297,12 @@ def gelu_backward(h_RF: Tensor, shift_F: Tensor | None, da_RF: Tensor, a_RF: Ten
 def column_sums(x_RF: Tensor, copy_RF: Tensor | None = None) -> Tensor:
     """Sums over the rows [F] in float32; write x to `copy` on the way."""
     rows, width = x_RF.shape
-    grid = _tiles(rows, width)
+    grid = SUMS.grid(rows, width)
     parts = x_RF.new_empty((grid[1], width), dtype=torch.float32)
     _column_sums[grid](
-        x_RF, copy_RF, parts, rows, WIDTH=width, BLOCK_R=ROWS, BLOCK_F=COLUMNS, num_warps=8
-    )
+        x_RF, copy_RF, parts, rows, WIDTH=width, BLOCK_R=SUMS.rows, BLOCK_F=COLUMNS,
+        num_warps=SUMS.warps,
+    )  # fmt: skip
     return parts.sum(0)
 
 
@@ -288,7 +312,7 @@ def _cases() -> Iterator[Case]:
         ("ViT-L", 1024, "bf16"), ("ViT-g", 1408, "bf16"), ("ViT-G", 1664, "bf16"),
         ("predictor", 384, "fp32"),
     ):  # fmt: skip
-        shape, back = _row_shape(width, 2048), _row_shape(width, 1024)
+        shape, back = _row_shape(width, NORM[0]), _row_shape(width, NORM_BACKWARD[0])
         warps, back_warps = shape.pop("num_warps"), back.pop("num_warps")
         constants = {"WIDTH": width, **shape}
         rows = {"num_rows": "i32", "eps": "fp32", "weight_ptr": "*fp32", "bias_ptr": "*fp32"}
@@ -312,18 +336,19 @@ def _cases() -> Iterator[Case]:
         )  # fmt: skip
         if name not in ("ViT-L", "predictor"):
             continue
-        tile = {"WIDTH": 4 * width, "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}
+        tile = {"WIDTH": 4 * width, "BLOCK_F": COLUMNS}
         wide = {"h_ptr": "*bf16", "da_ptr": "*bf16", "a_ptr": "*bf16", "parts_ptr": "*fp32"}
         yield Case(
             f"GELU backward {name}", _gelu_backward,
             {**wide, "shift_ptr": "*fp32", "num_rows": "i32"},
-            {**tile, "EXACT": False}, 8,
+            {**tile, "EXACT": False, "BLOCK_R": GELU_BACKWARD.rows}, GELU_BACKWARD.warps,
         )  # fmt: skip
         sums = {"x_ptr": "*bf16", "parts_ptr": "*fp32", "num_rows": "i32"}
-        yield Case(f"column sums {name}", _column_sums, sums, {**tile, "copy_ptr": None}, 8)
+        no_copy = {**tile, "copy_ptr": None, "BLOCK_R": SUMS.rows}
+        yield Case(f"column sums {name}", _column_sums, sums, no_copy, SUMS.warps)
     copied = {"x_ptr": "*fp32", "copy_ptr": "*bf16", "parts_ptr": "*fp32", "num_rows": "i32"}
-    tile = {"WIDTH": 384, "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}
-    yield Case("column sums and a copy", _column_sums, copied, tile, 8)
+    tile = {"WIDTH": 384, "BLOCK_R": SUMS.rows, "BLOCK_F": COLUMNS}
+    yield Case("column sums and a copy", _column_sums, copied, tile, SUMS.warps)
 
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case(
@@ -331,7 +356,10 @@ def _cases() -> Iterator[Case]:
             {
                 "h_ptr": f"*{dtype}", "shift_ptr": "*fp32", "a_ptr": f"*{dtype}", "num_rows": "i32",
             },
-            {"WIDTH": 4096, "EXACT": dtype == "fp32", "BLOCK_R": ROWS, "BLOCK_F": COLUMNS}, 8,
+            {
+                "WIDTH": 4096, "EXACT": dtype == "fp32", "BLOCK_R": GELU.rows, "BLOCK_F": COLUMNS,
+            },
+            GELU.warps,
         )  # fmt: skip
 
 
