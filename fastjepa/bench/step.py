@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.bench.timing import in_turn as calls_in_turn
+from fastjepa.bench.timing import seconds
 from fastjepa.bench.traffic import Traffic
 from fastjepa.masking.batch import Masks
 from fastjepa.observe.profile import profiler
@@ -89,13 +90,20 @@ def traced(
     return [(name, count, micros / 1e6) for name, count, micros in rows[:_NAMED]]
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+def matrix_rates(dtype: torch.dtype, device: torch.device, hold: float) -> tuple[float, float]:
     """Operations a second of a large square product of `dtype`, multiplied in what is fast there:
-    the best of some rounds."""
+    the best of some short rounds, and what is held for `hold` seconds, in which a GPU reaches the
+    limit of its power and lowers its clock, as it does in training."""
     side = _SIDE[device.type]
     random = torch.Generator(device).manual_seed(0)
     numbers = (torch.randn(side, side, device=device, generator=random) for _ in range(2))
     a, b = (as_multiplied(matrix.to(dtype)) for matrix in numbers)
     out = torch.empty_like(a)
-    rounds = calls_in_turn({"product": [lambda: torch.mm(a, b, out=out)]}, device, repeats=5)
-    return 2 * side**3 / min(rounds["product"])
+
+    def product() -> None:
+        torch.mm(a, b, out=out)
+
+    best = min(calls_in_turn({"product": [product]}, device, repeats=5)["product"])
+    times = max(1, round(hold / best))
+    held = seconds([product], times, device)
+    return 2 * side**3 / best, 2 * side**3 / held

@@ -39,10 +39,13 @@ def _point_lines(point: Point) -> Iterator[str]:
     yield f"{point.tokens} tokens a clip; context + predicted by mask group: {kept}"
     flops = ", ".join(f"{part} {value / 1e9:.1f}" for part, value in point.flops.items())
     yield f"{point.total_flops / 1e9:.1f} GFLOP a step: {flops}"
-    rates = ", ".join(f"{dtype} {r / 1e9:.0f} GFLOP/s" for dtype, r in point.matrix_rates.items())
+    rates = ", ".join(
+        f"{dtype} {best / 1e9:.0f} GFLOP/s at its best, {point.held_rates[dtype] / 1e9:.0f} held"
+        for dtype, best in point.matrix_rates.items()
+    )
     yield f"large matrix product: {rates}; a batch is loaded in {point.data:.3f} s by one process"
-    header = ("side", "dtype", "step, s", "clips/s", "MFU", "peak, MiB", "MiB a clip", "CPU, s",
-              "time", "CPU", "memory", "loss")  # fmt: skip
+    header = ("side", "dtype", "step, s", "clips/s", "MFU", "held", "peak, MiB", "MiB a clip",
+              "CPU, s", "time", "CPU", "memory", "loss")  # fmt: skip
     rows = [_cells(point, name, side) for name, side in point.sides.items()]
     yield from aligned([header, *rows])
     stages = list(next(iter(point.sides.values())).stages)
@@ -64,7 +67,7 @@ def _cells(point: Point, name: str, side: Side) -> tuple[str, ...]:
     per_clip, memory = point.memory_per_clip(name), side.memory
     cells = (
         name, side.dtype, f"{side.seconds:.3f}", f"{point.clips_per_second(name):.3g}",
-        f"{point.utilisation(name):.1%}",
+        f"{point.utilisation(name):.1%}", f"{point.utilisation(name, held=True):.1%}",
         "" if memory is None else f"{memory.peak / 2**20:.0f}",
         "" if per_clip is None else f"{per_clip / 2**20:.0f}",
         f"{statistics.median(side.processor):.3f}",

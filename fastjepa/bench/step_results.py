@@ -58,7 +58,9 @@ class Side:
 @dataclass(frozen=True)
 class Point:
     """One setting: `changes` are the swept keys; `flops` the model's operations of a mean step,
-    part by part (no recompute); `data` the seconds in which the recipe's workers load a batch."""
+    part by part (no recompute); `data` the seconds in which the recipe's workers load a batch.
+    Operations a second of a large matrix product, by dtype: `matrix_rates` at its best, in a short
+    round, `held_rates` for seconds on end."""
 
     changes: dict[str, str]
     model: str
@@ -72,6 +74,7 @@ class Point:
     data: float
     sides: dict[str, Side]
     matrix_rates: dict[str, float]
+    held_rates: dict[str, float]
 
     @property
     def total_flops(self) -> int:
@@ -80,10 +83,11 @@ class Point:
     def clips_per_second(self, side: str) -> float:
         return self.batch / self.sides[side].seconds
 
-    def utilisation(self, side: str) -> float:
-        """Model operations a second over the rate of a large matrix product in the side's dtype."""
-        own = self.sides[side]
-        return self.total_flops / own.seconds / self.matrix_rates[own.dtype]
+    def utilisation(self, side: str, *, held: bool = False) -> float:
+        """Model operations a second over the rate of a large matrix product in the side's dtype, at
+        its best or held."""
+        own, rates = self.sides[side], self.held_rates if held else self.matrix_rates
+        return self.total_flops / own.seconds / rates[own.dtype]
 
     def memory_per_clip(self, side: str) -> float | None:
         """What a clip adds to what stays between the steps."""
@@ -134,6 +138,7 @@ class StepResults:
                     "seconds": point.sides[name].seconds,
                     "clips_per_second": point.clips_per_second(name),
                     "model_flops_utilisation": point.utilisation(name),
+                    "model_flops_utilisation_held": point.utilisation(name, held=True),
                     "bytes_per_clip": point.memory_per_clip(name),
                 }
                 if OFFICIAL in point.sides and name != OFFICIAL:

@@ -61,6 +61,9 @@ def test_every_point_of_a_sweep_has_its_figures(found: dict[str, Any], recipe: P
         assert ours["model_flops_utilisation"] == pytest.approx(
             work / point["matrix_rates"]["float32"]
         )
+        assert ours["model_flops_utilisation_held"] == pytest.approx(
+            work / point["held_rates"]["float32"]
+        )
         assert set(ours["stages"]) == {*STAGES, "other"}
         assert all(ours["stages"][name] > 0.0 for name in STAGES)
         assert ours["memory"]["peak"] > ours["memory"]["kept"] > 0
@@ -145,7 +148,7 @@ def test_ratios_are_medians_over_the_turns_taken_together() -> None:
         {}, "vit_tiny", 16, 64, 4, 64, (8.0,), (8.0,), {"target": 100}, 1.0,
         {"ours": side([1.0, 9.0, 2.0], [0.5, 0.5], 300),
          "official": side([2.0, 3.0, 8.0], [0.5, 0.4], 600)},
-        {"float32": 200.0},
+        {"float32": 200.0}, {"float32": 100.0},
     )  # fmt: skip
     assert point.time_ratio("ours", "official") == 0.5
     assert point.processor_ratio("ours", "official") == 0.5
@@ -153,6 +156,7 @@ def test_ratios_are_medians_over_the_turns_taken_together() -> None:
     assert point.memory_per_clip("ours") == 50
     assert point.clips_per_second("ours") == 2.0
     assert point.utilisation("ours") == 0.25
+    assert point.utilisation("ours", held=True) == 0.5
     assert point.loss_difference("ours", "official") == pytest.approx(0.25)
 
 

@@ -47,9 +47,9 @@ class Walk(NamedTuple):
         return across, min(cdiv(rows, self.rows), max(1, self.programs // across))
 
 
-GELU, GELU_BACKWARD, SUMS = Walk(8, 4224), Walk(4, 1056), Walk(8, 1056)
+GELU, GELU_BACKWARD, SUMS = Walk(8, 16896), Walk(4, 1056), Walk(8, 1056)
 # Of a norm's passes: numbers of a tile, and programs.
-NORM, NORM_BACKWARD = (2048, 4224), (1024, 528)
+NORM, NORM_BACKWARD = (1024, 4224), (1024, 528)
 
 
 @triton.jit
