@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "reference"]
+NAMES: tuple[str, ...] = get_args(Backend)
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def choose(backend: str, device: torch.device) -> Choice:
 
     Raises ValueError for an unknown name, and for "triton" where no kernel can run.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend}")
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {backend}")
     if backend == "reference":
         return Choice("reference", "asked for")
     on_gpu = device.type == "cuda"

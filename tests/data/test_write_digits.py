@@ -1,6 +1,7 @@
 """Moving digits as files: frames and labels agree, and the bytes do not depend on the workers."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 
 from fastjepa import cli
 from fastjepa.data.decode_pyav import decode_clip
+from fastjepa.data.decoder import Frame
+from fastjepa.data.encode import encodable, write_video
 from fastjepa.data.manifest import read_manifest
 from fastjepa.data.moving_digits import MovingDigits
 from fastjepa.data.write_digits import write_digits
@@ -37,6 +40,27 @@ def test_videos_show_the_clips_and_labels_are_theirs(written: Path) -> None:
             assert float(labels["fps"]) == 10.0
             for name in ("mask", "instance", "digits", "images", "positions", "velocities"):
                 assert np.array_equal(labels[name], getattr(clip, name))
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc", "mpeg4"])
+def test_what_lay_in_memory_does_not_change_the_bytes(codec: str, tmp_path: Path) -> None:
+    if codec not in encodable():
+        pytest.skip(f"this PyAV does not encode {codec}")
+    random = np.random.default_rng(0)
+
+    def pictures() -> Iterator[Frame]:
+        for picture in SOURCE[4].frames:
+            left = [
+                random.integers(0, 255, size, np.uint8) for size in random.integers(1, 40000, 6)
+            ]
+            del left
+            yield picture
+
+    found = set()
+    for number in range(20):
+        path = write_video(tmp_path / f"{number}.mp4", pictures(), codec, fps=10.0)
+        found.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert len(found) == 1
 
 
 def test_any_number_of_workers_writes_the_same_bytes(written: Path, tmp_path: Path) -> None:
