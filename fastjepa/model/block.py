@@ -104,10 +104,13 @@ class Block(nn.Module):
 
     def forward(
         self,
-        x_RD: Tensor | Unsummed,
+        x_RD: Tensor,
         tables_RC2: Sequence[Tensor],
         segments: Sequence[Segment],
         shared: SharedRow | None = None,
+        delta_RD: Tensor | None = None,
+        shift_D: Tensor | None = None,
+        *,
         recompute: bool = False,
         unsummed: bool = False,
     ) -> Tensor | Unsummed:
@@ -117,12 +120,14 @@ class Block(nn.Module):
 
         With `shared`, x is [U, D] with the row that the sequences share only once; the output is
         [R, D]. `recompute`: see block_cpu.py, which alone knows it. With `unsummed` the last
-        addition may be left to the block behind it, which takes what comes (block_gpu.py).
+        addition may be left to the block behind it, which takes the three tensors that come as x,
+        delta and shift (block_gpu.py): each an argument, for hooks on modules see no others.
         """
-        way = self.way(x_RD if isinstance(x_RD, Tensor) else x_RD[0])
+        way = self.way(x_RD)
+        stream = x_RD if delta_RD is None or shift_D is None else (x_RD, delta_RD, shift_D)
         if way == "gpu":
-            return self._on_a_gpu(x_RD, tables_RC2, segments, shared, unsummed=unsummed)
-        x_RD = block_gpu.summed(x_RD)
+            return self._on_a_gpu(stream, tables_RC2, segments, shared, unsummed=unsummed)
+        x_RD = block_gpu.summed(stream)
         assert not recompute or way == "cpu"
         if way == "cpu":
             x_RD = attention_half(
@@ -137,7 +142,7 @@ class Block(nn.Module):
 
     def _on_a_gpu(
         self,
-        x_RD: Tensor | Unsummed,
+        stream: Tensor | Unsummed,
         tables_RC2: Sequence[Tensor],
         segments: Sequence[Segment],
         shared: SharedRow | None,
@@ -145,9 +150,9 @@ class Block(nn.Module):
         unsummed: bool,
     ) -> Tensor | Unsummed:
         if shared:
-            x_RD = shared.spread(block_gpu.summed(x_RD))
+            stream = shared.spread(block_gpu.summed(stream))
         table_RC2 = _packed(tables_RC2, segments)
-        x_RD, q, k, v = block_gpu.before_attention(self, x_RD, table_RC2)
+        x_RD, q, k, v = block_gpu.before_attention(self, stream, table_RC2)
         mixed_RHC = attend(q, k, v, segments, backend=self.backend)
         out = block_gpu.after_attention(self, x_RD, mixed_RHC.flatten(1))
         return out if unsummed else block_gpu.summed(out)

@@ -129,13 +129,15 @@ class Encoder(nn.Module):
         segments = segments_of(shapes)
         tables = self.blocks[0].tables(x_RD, tables, segments)  # type: ignore[operator]
         outputs: dict[int, Tensor] = {}
+        added: list[Tensor] = []
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
             if self.checkpointing:
-                x_RD = run_checkpointed(
+                out = run_checkpointed(
                     block, x_RD, tables, segments, keep_attention=self.keep_attention
                 )
             else:
-                x_RD = block(x_RD, tables, segments, unsummed=number not in wanted)
+                out = block(x_RD, tables, segments, None, *added, unsummed=number not in wanted)
+            x_RD, *added = (out,) if isinstance(out, Tensor) else out
             if number in wanted:
                 outputs[number] = self._level(number, x_RD)
         return [outputs[number] for number in wanted]

@@ -131,12 +131,14 @@ class Predictor(nn.Module):
         first: Block = self.predictor_blocks[0]  # type: ignore[assignment]
         tables = first.tables(x_RP, tables, segments)
         last = len(self.predictor_blocks) - 1
+        added: list[Tensor] = []
         for number, block in enumerate(self.predictor_blocks):
             inputs = x_RP, tables, segments, None if number else shared
             if self.checkpointing:
-                x_RP = run_checkpointed(block, *inputs, keep_attention=self.keep_attention)
+                out = run_checkpointed(block, *inputs, keep_attention=self.keep_attention)
             else:
-                x_RP = block(*inputs, unsummed=number < last)
+                out = block(*inputs, *added, unsummed=number < last)
+            x_RP, *added = (out,) if isinstance(out, Tensor) else out
         x_RP = self.predictor_norm(x_RP)
         pairs = [
             segment.rows(x_RP).split([count, segment.length - count], dim=1)

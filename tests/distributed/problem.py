@@ -9,6 +9,7 @@ from torch import Tensor
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
+from fastjepa.model.block import Block
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import Engine, TorchEngine
 from fastjepa.train.guard import LossGuard
@@ -19,8 +20,8 @@ CPU = torch.device("cpu")
 GROUPS = (Blocks(3, (0.2, 0.2)), Blocks(1, (0.5, 0.5)))
 
 
-def networks(seed: int = 0, *, checkpointing: bool = False) -> Jepa:
-    """Freshly initialised, the target a copy of the encoder."""
+def networks(seed: int = 0, *, checkpointing: bool = False, by_hand: str = "auto") -> Jepa:
+    """Freshly initialised, the target a copy of the encoder. `by_hand`: the way of the blocks."""
     torch.manual_seed(seed)
     sizes = {"width": 24, "depth": 4, "heads": 2, "mlp_width": 40, "levels": LEVELS, "patch": 8}
     encoder = Encoder(**sizes, checkpointing=checkpointing)  # type: ignore[arg-type]
@@ -30,6 +31,10 @@ def networks(seed: int = 0, *, checkpointing: bool = False) -> Jepa:
         encoder_width=24, num_levels=2, width=24, depth=2, heads=2, num_mask_tokens=2, patch=8,
         checkpointing=checkpointing,
     )  # fmt: skip
+    for network in (encoder, target, predictor):
+        for module in network.modules():
+            if isinstance(module, Block):
+                module.by_hand = by_hand
     return Jepa(encoder, predictor, target, Objective((0.5, 0.5)), LEVELS, LEVELS)
 
 

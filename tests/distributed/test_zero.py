@@ -25,7 +25,7 @@ STAGES = (0, 1, 2, 3)
 FULL, HALF = 1e-5, 1e-3
 OTHER_WAYS = (
     "offload/1", "offload/2", "offload/3", "checkpointing/3", "packed/0", "packed/1", "packed/2",
-    "packed/3",
+    "packed/3", "gpu/2", "gpu/3",
 )  # fmt: skip
 
 Findings = dict[str, dict[str, Any]]
@@ -96,7 +96,7 @@ class TestTwoRanks:
             assert case["weight_error"] <= 2 * 3 * 1e-3, name
 
     @pytest.mark.parametrize("way", OTHER_WAYS)
-    def test_offload_checkpointing_and_packing_change_no_number(
+    def test_offload_checkpointing_packing_and_a_gpus_blocks_change_no_number(
         self, findings: tuple[int, Findings], way: str
     ) -> None:
         case = findings[1][way]

@@ -56,11 +56,12 @@ def one_process(size: int, dtype: torch.dtype, steps: int) -> tuple[list[float],
 
 def against_one_process(
     ranks: Ranks, stage: int, *, steps: int = STEPS, checkpointing: bool = False,
-    packed: bool = False, **options: Any,
+    packed: bool = False, by_hand: str = "auto", **options: Any,
 ) -> Findings:  # fmt: skip
     """Steps of videos and images, clipped, one of them spoilt on the last rank alone; `packed`
     into one sequence on the ranks, one after the other in the one process."""
-    jepa = networks(seed=ranks.rank if stage else 0, checkpointing=checkpointing)
+    seed = ranks.rank if stage else 0
+    jepa = networks(seed=seed, checkpointing=checkpointing, by_hand=by_hand)
     made = engine(jepa, ranks, stage, clip=0.5, **options)
     losses, norms, vetoes = train(jepa, made, steps=range(steps), packed=packed, **task(ranks.size))
     found, everyone = state(made), ranks.gather(vetoes)
@@ -216,6 +217,10 @@ def cases(size: int) -> dict[str, Callable[[Ranks], Findings]]:
             made[f"sent/{stage}"] = lambda r, s=stage: sent_in_a_step(r, s)  # type: ignore[misc]
             made[f"packed/{stage}"] = lambda r, s=stage: against_one_process(  # type: ignore[misc]
                 r, s, packed=True, **FULL
+            )
+        for stage in (2, 3):
+            made[f"gpu/{stage}"] = lambda r, s=stage: against_one_process(  # type: ignore[misc]
+                r, s, by_hand="gpu", **FULL
             )
         made["checkpointing/3"] = lambda r: against_one_process(r, 3, checkpointing=True, **FULL)
         made["resumed/1"] = lambda r: resumed_elsewhere(r, 1, 3)

@@ -148,13 +148,16 @@ def test_a_block_may_leave_its_last_addition_to_the_next(way: str, dtype: torch.
     start, tables = x.to(dtype).requires_grad_(), [table.to(dtype) for table in tables]
 
     def chain(unsummed: bool) -> list[Tensor]:
-        stream = start
+        stream: tuple[Tensor, ...] = (start,)
         for block in blocks:
             leaves_it = unsummed and block is not blocks[-1]
-            stream = block(stream, tables, segments_of(sizes), unsummed=leaves_it)
-            assert isinstance(stream, tuple) == (leaves_it and way == "gpu")
-        upstream = torch.randn_like(stream, generator=torch.Generator().manual_seed(1))
-        return [stream, *torch.autograd.grad(stream, [start, *leaves], upstream)]
+            x, *added = stream
+            out = block(x, tables, segments_of(sizes), None, *added, unsummed=leaves_it)
+            assert isinstance(out, tuple) == (leaves_it and way == "gpu")
+            stream = out if isinstance(out, tuple) else (out,)
+        (end,) = stream
+        upstream = torch.randn_like(end, generator=torch.Generator().manual_seed(1))
+        return [end, *torch.autograd.grad(end, [start, *leaves], upstream)]
 
     tight = {"rtol": 1e-10, "atol": 1e-11} if dtype == torch.float64 else {}
     for left, added in zip(chain(True), chain(False), strict=True):
