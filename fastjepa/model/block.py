@@ -91,11 +91,10 @@ class Block(nn.Module):
         linear: type[nn.Linear] = nn.Linear,
     ) -> None:
         super().__init__()
-        plain = linear is nn.Linear and rope == "interleaved"
         self.backend, self.rope = attention, rope
         # Which way by hand runs: `auto` by device, `cpu`, `gpu` or none. Whether what lies around
         # attention is compiled (block_compiled.py), which leaves no use for them.
-        self.by_hand: str | None = "auto" if plain else None
+        self.by_hand: str | None = "auto" if rope == "interleaved" else None
         self.compiled = False
         self.norm1 = LayerNorm(width, eps=EPS)
         self.attn = Attention(width, heads, linear)
@@ -164,7 +163,8 @@ class Block(nn.Module):
         if self.by_hand != "auto":
             return self.by_hand
         if x.device.type == "cpu":
-            return "cpu" if self.backend in ("auto", "sdpa") else None
+            plain = type(self.mlp.fc1) is nn.Linear
+            return "cpu" if plain and self.backend in ("auto", "sdpa") else None
         if x.dtype == torch.float64 or torch.compiler.is_compiling():
             return None
         return "gpu" if choose("auto", x.device).name == "triton" else None

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastjepa.model.autocast import product_dtype
+from fastjepa.model.float8 import Float8Linear
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
     add_rows,
@@ -58,10 +59,12 @@ def before_attention(
     The sum goes on from here so that its gradients meet in one pass.
     """
     norm, attn = block.norm1, block.attn
-    parts = (stream, None, None) if isinstance(stream, Tensor) else stream
+    x_RD, delta_RD, shift_D = (stream, None, None) if isinstance(stream, Tensor) else stream
+    if isinstance(attn.qkv, Float8Linear):
+        return _frozen_before(block, x_RD, delta_RD, shift_D, table_RC2)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _Before.apply(
-        *parts, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps, attn.heads,
-        table_RC2,
+        x_RD, delta_RD, shift_D, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps,
+        attn.heads, table_RC2,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return found
 
@@ -69,11 +72,43 @@ def before_attention(
 def after_attention(block: "Block", x_RD: Tensor, mixed_RD: Tensor) -> Unsummed:
     """`x += proj(mixed); x += fc2(gelu(fc1(norm(x))))`, whose last addition is left out."""
     norm, proj, mlp = block.norm2, block.attn.proj, block.mlp
+    if isinstance(proj, Float8Linear):
+        return _frozen_after(block, x_RD, mixed_RD)
     out: Unsummed = _After.apply(
         x_RD, mixed_RD, proj.weight, proj.bias, norm.weight, norm.bias, mlp.fc1.weight,
         mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, norm.eps,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out
+
+
+@torch.no_grad()
+def _frozen_before(
+    block: "Block", x_RD: Tensor, delta_RD: Tensor | None, shift_D: Tensor | None, table_RC2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_Before` by products that give no gradient."""
+    norm, attn, dtype = block.norm1, block.attn, product_dtype(x_RD)
+    x_RD, n_RD = add_layer_norm(
+        x_RD, delta_RD, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, shift_D=shift_D
+    )
+    qkv_R3HC = attn.qkv(n_RD).unflatten(-1, (3, attn.heads, -1))
+    q, k, v = turn_rows_(qkv_R3HC, table_RC2).unbind(1)
+    return x_RD, q, k, v
+
+
+@torch.no_grad()
+def _frozen_after(block: "Block", x_RD: Tensor, mixed_RD: Tensor) -> Unsummed:
+    """`_After` by products that give no gradient."""
+    norm, proj, dtype = block.norm2, block.attn.proj, product_dtype(x_RD)
+    fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+    assert isinstance(proj, Float8Linear)
+    assert isinstance(fc1, Float8Linear)
+    assert isinstance(fc2, Float8Linear)
+    x_RD, n_RD = add_layer_norm(
+        x_RD, proj.product(mixed_RD.to(dtype)), norm.weight, norm.bias, eps=norm.eps, dtype=dtype,
+        shift_D=proj.bias,
+    )  # fmt: skip
+    a_RF = gelu(fc1.product(n_RD), fc1.bias, overwrite=True)
+    return x_RD, fc2.product(a_RF), fc2.bias
 
 
 def _for_products(dtype: torch.dtype, *parameters: Tensor) -> Sequence[Tensor]:

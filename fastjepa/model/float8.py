@@ -2,9 +2,9 @@
 
 A row of the input and a row of the weight are each divided by their largest size over 448, rounded
 to float8 (e4m3: 3 bits behind the point), multiplied with float32 sums, and scaled back. Weights
-are rounded anew in every pass, for the moving average moves in every step. On a GPU the product is
-`torch._scaled_mm`; elsewhere it is one of the same rounded numbers in float32, no faster, for
-tests and for measuring what the rounding does.
+are rounded anew in every pass, for the moving average moves in every step. On a GPU rounding is one
+pass over the rows, and the product is `torch._scaled_mm`; elsewhere it is one of the same rounded
+numbers in float32, no faster, for tests and for measuring what the rounding does.
 
 Shapes: R rows, I input width, O output width.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastjepa.model.autocast import product_dtype
+from fastjepa_kernels.block_passes.op import float8_rows
 
-LARGEST = 448.0
 # Widths that the GPU's product takes.
 _STEP = 16
 
@@ -28,24 +28,23 @@ class Float8Linear(nn.Linear):
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """[R, I] -> [R, O], in autocast's dtype, or in that of the input without autocast."""
+        return (self.product(input) + self.bias).to(product_dtype(input))
+
+    @torch.no_grad()
+    def product(self, input: Tensor) -> Tensor:
+        """`forward` without the bias."""
         kind, dtype = input.device.type, product_dtype(input)
-        x_RI, scale_R1 = rounded(input)
-        weight_OI, scale_O1 = rounded(self.weight)
+        x_RI, scale_R1 = float8_rows(input)
+        weight_OI, scale_O1 = float8_rows(self.weight)
         if kind == "cuda":
             out_RO = torch._scaled_mm(
                 x_RI, weight_OI.t(), scale_a=scale_R1, scale_b=scale_O1.t(),
-                bias=self.bias.bfloat16(), out_dtype=torch.bfloat16,
+                out_dtype=torch.bfloat16,
             )  # fmt: skip
             return out_RO.to(dtype)
         with torch.autocast(kind, enabled=False):
             out_RO = F.linear(x_RI.float(), weight_OI.float()) * scale_R1 * scale_O1.t()
-            return (out_RO + self.bias).to(dtype)
-
-
-def rounded(x_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in float8 [R, I] and the float32 scales [R, 1] that lead back to them."""
-    scale_R1 = x_RI.abs().amax(-1, keepdim=True).float().clamp_min(1e-12) / LARGEST
-    return (x_RI.float() / scale_R1).to(torch.float8_e4m3fn), scale_R1
+            return out_RO.to(dtype)
 
 
 def target_linear(dtype: str | None, device: torch.device, *widths: int) -> type[nn.Linear]:

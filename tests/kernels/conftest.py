@@ -29,9 +29,10 @@ def _poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _bfloat16_is_rounded() -> Iterator[None]:
+def _halves_are_rounded() -> Iterator[None]:
     """Triton's interpreter cuts float32 off to bfloat16, where a GPU rounds to nearest, and
-    multiplies matrices of the bits of bfloat16 numbers."""
+    multiplies matrices of the bits of bfloat16 numbers; in float8 it halves what rounds up to the
+    next power of two."""
     with pytest.MonkeyPatch.context() as patch:
         if interpreted():
             from triton import language as tl
@@ -40,10 +41,12 @@ def _bfloat16_is_rounded() -> Iterator[None]:
             convert = interpreter._convert_float
 
             def rounded(data: Any, source: Any, target: Any, mode: Any) -> Any:
-                if (source, target) != (tl.float32, tl.bfloat16):
+                if source != tl.float32 or target not in (tl.bfloat16, tl.float8e4nv):
                     return convert(data, source, target, mode)
                 wide = torch.from_numpy(np.array(data, np.float32))
-                return wide.bfloat16().view(torch.uint16).numpy()
+                if target == tl.bfloat16:
+                    return wide.bfloat16().view(torch.uint16).numpy()
+                return wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
             builder = interpreter.InterpreterBuilder
             product = builder.create_dot

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastjepa_kernels.block_passes import reference
 from fastjepa_kernels.block_passes.op import (
     add_layer_norm,
     add_rows,
     column_sums,
+    float8_rows,
     gelu,
     gelu_backward,
     layer_norm_backward,
@@ -131,6 +133,18 @@ def test_sums_of_rows_that_are_narrowed(backend: str, device: torch.device) -> N
         narrow, sums = narrowed_with_sums(rows, HALF, backend=backend)  # type: ignore[arg-type]
         assert torch.equal(narrow, rows.to(HALF))
         torch.testing.assert_close(sums.double(), rows.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_rows_in_float8(dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    sizes = torch.logspace(-3, 3, 70, device=device)[:, None]
+    x = (normal(70, 300, dtype=dtype, device=device) * sizes).to(dtype)
+    x[3] = 0
+    narrow, scale = float8_rows(x, backend=backend)  # type: ignore[arg-type]
+    expected, expected_scale = reference.float8_rows(x.cpu())
+    assert narrow.dtype == torch.float8_e4m3fn
+    assert torch.equal(scale.cpu(), expected_scale)
+    assert torch.equal(narrow.cpu().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_two_runs_give_the_same_bits(backend: str, device: torch.device) -> None:

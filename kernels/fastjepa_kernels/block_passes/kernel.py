@@ -231,6 +231,23 @@ def _column_sums(
     tl.store(part_F, tl.sum(sum_RF, 0), mask=f_F < WIDTH)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _float8_rows(
+    x_ptr, out_ptr, scale_ptr, num_rows,
+    WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    d_D = tl.arange(0, BLOCK_D)[None, :]
+    for start in range(tl.program_id(0) * BLOCK_R, num_rows, tl.num_programs(0) * BLOCK_R):
+        place, inside = _tile(start, num_rows, d_D, WIDTH, BLOCK_R)
+        x_RD = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        largest_R = tl.maximum(tl.max(tl.abs(x_RD), 1, keep_dims=True), 1e-12)
+        scale_R = tl.div_rn(largest_R, 448.0)
+        out_RD = x_RD * tl.div_rn(1.0, scale_R)
+        tl.store(out_ptr + place, out_RD.to(out_ptr.dtype.element_ty), mask=inside)
+        row_R = start + tl.arange(0, BLOCK_R)[:, None]
+        tl.store(scale_ptr + row_R, scale_R, mask=row_R < num_rows)
+
+
 def _row_shape(width: int, numbers: int) -> dict[str, int]:
     """Rows and channels of a program's tile of at least so many numbers, and its warps."""
     block_d = next_power_of_2(width)
@@ -306,6 +323,14 @@ def column_sums(x_RF: Tensor, copy_RF: Tensor | None = None) -> Tensor:
     return parts.sum(0)
 
 
+def float8_rows(x_RD: Tensor, out_RD: Tensor, scale_R1: Tensor) -> None:
+    """Write x's rows in float8 and their scales."""
+    rows, width = x_RD.shape
+    shape = _row_shape(width, NORM[0])
+    programs = min(NORM[1], cdiv(rows, shape["BLOCK_R"]))
+    _float8_rows[(programs,)](x_RD, out_RD, scale_R1, rows, WIDTH=width, **shape)
+
+
 def _cases() -> Iterator[Case]:
     # ViT-L, ViT-g, ViT-G and the predictor; the residual stream is float32 in the predictor.
     for name, width, stream in (
@@ -350,6 +375,14 @@ def _cases() -> Iterator[Case]:
     tile = {"WIDTH": 384, "BLOCK_R": SUMS.rows, "BLOCK_F": COLUMNS}
     yield Case("column sums and a copy", _column_sums, copied, tile, SUMS.warps)
 
+    for width, dtype in ((1024, "bf16"), (4096, "bf16"), (4096, "fp32")):
+        shape = _row_shape(width, NORM[0])
+        warps = shape.pop("num_warps")
+        pointers = {"x_ptr": f"*{dtype}", "out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
+        yield Case(
+            f"rows in float8 {width} {dtype}", _float8_rows, {**pointers, "num_rows": "i32"},
+            {"WIDTH": width, **shape}, warps, capabilities=(89, 999),
+        )  # fmt: skip
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case(
             f"GELU {dtype}", _gelu,

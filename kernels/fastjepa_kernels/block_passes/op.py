@@ -193,6 +193,22 @@ def narrowed_with_sums(
     return copy_RF, kernel.column_sums(x_RF, copy_RF)
 
 
+@watched
+def float8_rows(x_RD: Tensor, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """x [R, D] in float8 (e4m3), each row divided by its largest size over 448, and the float32
+    scales [R, 1] that lead back. Raises ValueError for other shapes."""
+    _check_rows(x_RD)
+    if len(x_RD) == 0 or not _by_kernel(backend, x_RD):
+        return reference.float8_rows(x_RD)
+    from . import kernel
+
+    x_RD = x_RD.contiguous()
+    out_RD = torch.empty_like(x_RD, dtype=torch.float8_e4m3fn)
+    scale_R1 = x_RD.new_empty((len(x_RD), 1), dtype=torch.float32)
+    kernel.float8_rows(x_RD, out_RD, scale_R1)
+    return out_RD, scale_R1
+
+
 def _by_kernel(backend: Backend, x: Tensor) -> bool:
     if wide(x.dtype) == torch.float64:  # the kernels compute in float32
         return False

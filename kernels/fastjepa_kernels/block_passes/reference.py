@@ -65,6 +65,13 @@ def _shifted(h_RF: Tensor, shift_F: Tensor | None) -> Tensor:
     return h if shift_F is None else h + shift_F
 
 
+def float8_rows(x_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows divided by their largest size over 448, in float8 (e4m3), and these scales [R, 1]."""
+    largest_R1 = x_RD.abs().amax(-1, keepdim=True).float().clamp_min(1e-12)
+    scale_R1 = largest_R1 / 448.0
+    return (x_RD.float() * scale_R1.reciprocal()).to(torch.float8_e4m3fn), scale_R1
+
+
 def column_sums(x_RF: Tensor) -> Tensor:
     """Sums over the rows, [F], in float32 at least."""
     return x_RF.sum(0, dtype=wide(x_RF.dtype))
