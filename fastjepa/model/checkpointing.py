@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -28,8 +27,8 @@ def run_checkpointed(block: nn.Module, *inputs: Any, keep_attention: bool) -> Te
     """
     assert isinstance(block, Block)
     by_hand = keep_attention and block.way(inputs[0]) == "cpu"
-    if by_hand or not torch.is_grad_enabled():
-        whole: Tensor = block(*inputs, recompute=by_hand)
+    if by_hand:
+        whole: Tensor = block(*inputs, recompute=True)
         return whole
     contexts = (
         partial(create_selective_checkpoint_contexts, _policy)

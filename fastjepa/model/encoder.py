@@ -130,8 +130,9 @@ class Encoder(nn.Module):
         tables = self.blocks[0].tables(x_RD, tables, segments)  # type: ignore[operator]
         outputs: dict[int, Tensor] = {}
         added: list[Tensor] = []
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
-            if self.checkpointing:
+            if checkpointing:
                 out = run_checkpointed(
                     block, x_RD, tables, segments, keep_attention=self.keep_attention
                 )

@@ -132,9 +132,10 @@ class Predictor(nn.Module):
         tables = first.tables(x_RP, tables, segments)
         last = len(self.predictor_blocks) - 1
         added: list[Tensor] = []
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self.predictor_blocks):
             inputs = x_RP, tables, segments, None if number else shared
-            if self.checkpointing:
+            if checkpointing:
                 out = run_checkpointed(block, *inputs, keep_attention=self.keep_attention)
             else:
                 out = block(*inputs, *added, unsummed=number < last)
