@@ -25,26 +25,28 @@ _STEP = 16
 class Float8Linear(nn.Linear):
     """A Linear layer whose forward is in float8. It gives no gradient."""
 
-    @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
         """[R, I] -> [R, O], in autocast's dtype, or in that of the input without autocast."""
-        return (self.product(input) + self.bias).to(product_dtype(input))
+        return self._multiplied(input, self.bias)
 
-    @torch.no_grad()
     def product(self, input: Tensor) -> Tensor:
         """`forward` without the bias."""
+        return self._multiplied(input, None)
+
+    @torch.no_grad()
+    def _multiplied(self, input: Tensor, bias: Tensor | None) -> Tensor:
         kind, dtype = input.device.type, product_dtype(input)
         x_RI, scale_R1 = float8_rows(input)
         weight_OI, scale_O1 = float8_rows(self.weight)
         if kind == "cuda":
             out_RO = torch._scaled_mm(
                 x_RI, weight_OI.t(), scale_a=scale_R1, scale_b=scale_O1.t(),
-                out_dtype=torch.bfloat16,
+                bias=None if bias is None else bias.bfloat16(), out_dtype=torch.bfloat16,
             )  # fmt: skip
             return out_RO.to(dtype)
         with torch.autocast(kind, enabled=False):
             out_RO = F.linear(x_RI.float(), weight_OI.float()) * scale_R1 * scale_O1.t()
-            return out_RO.to(dtype)
+            return (out_RO if bias is None else out_RO + bias).to(dtype)
 
 
 def target_linear(dtype: str | None, device: torch.device, *widths: int) -> type[nn.Linear]:
