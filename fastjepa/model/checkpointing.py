@@ -1,8 +1,10 @@
 """Blocks that keep their input alone and run again in the backward, whole or but for attention."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -16,6 +18,25 @@ from fastjepa.model.block import Block
 # In the names of the operations whose outputs are kept: PyTorch's dense and packed attention,
 # FlashAttention's and xFormers' forwards.
 _ATTENTION = ("attention", "attn", "flash_fwd")
+
+
+def run_block(
+    block: nn.Module,
+    stream: Sequence[Tensor],
+    *inputs: Any,
+    checkpointing: bool,
+    keep_attention: bool,
+    unsummed: bool,
+) -> Sequence[Tensor]:
+    """The residual stream behind `block`: its rows, or with `unsummed` perhaps them and an addition
+    that is left to the next block (block_gpu.py), which takes what comes. inputs: tables, segments
+    and what is shared. With `checkpointing`, where there are gradients: `run_checkpointed`.
+    """
+    x_RD, *added = stream
+    if checkpointing and torch.is_grad_enabled():
+        return [run_checkpointed(block, x_RD, *inputs, keep_attention=keep_attention)]
+    out = block(x_RD, *inputs, *added, unsummed=unsummed)
+    return [out] if isinstance(out, Tensor) else out
 
 
 def run_checkpointed(block: nn.Module, *inputs: Any, keep_attention: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.model.block import EPS, Block, LayerNorm
-from fastjepa.model.checkpointing import run_checkpointed
+from fastjepa.model.checkpointing import run_block
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import segments_of
@@ -129,17 +129,14 @@ class Encoder(nn.Module):
         segments = segments_of(shapes)
         tables = self.blocks[0].tables(x_RD, tables, segments)  # type: ignore[operator]
         outputs: dict[int, Tensor] = {}
-        added: list[Tensor] = []
-        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        stream: Sequence[Tensor] = [x_RD]
         for number, block in enumerate(self.blocks[: max(wanted) + 1]):
-            if checkpointing:
-                out = run_checkpointed(
-                    block, x_RD, tables, segments, keep_attention=self.keep_attention
-                )
-            else:
-                out = block(x_RD, tables, segments, None, *added, unsummed=number not in wanted)
-            x_RD, *added = (out,) if isinstance(out, Tensor) else out
+            stream = run_block(
+                block, stream, tables, segments, None, checkpointing=self.checkpointing,
+                keep_attention=self.keep_attention, unsummed=number not in wanted,
+            )  # fmt: skip
             if number in wanted:
+                (x_RD,) = stream
                 outputs[number] = self._level(number, x_RD)
         return [outputs[number] for number in wanted]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastjepa.model.autocast import Linear
 from fastjepa.model.block import EPS, Block, LayerNorm
-from fastjepa.model.checkpointing import run_checkpointed
+from fastjepa.model.checkpointing import run_block
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
 from fastjepa.model.segments import SharedRow, num_rows, segments_of
@@ -131,15 +131,14 @@ class Predictor(nn.Module):
         first: Block = self.predictor_blocks[0]  # type: ignore[assignment]
         tables = first.tables(x_RP, tables, segments)
         last = len(self.predictor_blocks) - 1
-        added: list[Tensor] = []
-        checkpointing = self.checkpointing and torch.is_grad_enabled()
+        stream: Sequence[Tensor] = [x_RP]
         for number, block in enumerate(self.predictor_blocks):
-            inputs = x_RP, tables, segments, None if number else shared
-            if checkpointing:
-                out = run_checkpointed(block, *inputs, keep_attention=self.keep_attention)
-            else:
-                out = block(*inputs, *added, unsummed=number < last)
-            x_RP, *added = (out,) if isinstance(out, Tensor) else out
+            stream = run_block(
+                block, stream, tables, segments, None if number else shared,
+                checkpointing=self.checkpointing, keep_attention=self.keep_attention,
+                unsummed=number < last,
+            )  # fmt: skip
+        (x_RP,) = stream
         x_RP = self.predictor_norm(x_RP)
         pairs = [
             segment.rows(x_RP).split([count, segment.length - count], dim=1)
