@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 test: lint types suite
 
 # Two files of tests at a time, by name: the long ones, of many ranks, then are not the last. The
-# second process that hangs or crashes ends the run.
+# second process that crashes ends the run.
 suite: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1
 

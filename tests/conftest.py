@@ -5,10 +5,15 @@ imports Triton.
 """
 
 import os
+import time
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 import torch
+
+from .processes import end
 
 if TYPE_CHECKING:
     from xdist.remote import Producer
@@ -31,3 +36,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: "Producer") -> "Load
             return "many ranks" if nodeid.startswith(MANY_RANKS) else super()._split_scope(nodeid)
 
     return OneOfManyRanks(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    call: pytest.CallInfo[None],
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a failed test started and left ends with it, or it would slow down all that follow."""
+    report = yield
+    if report.failed:
+        # By the clock that dates processes, whose ticks are rounded down.
+        now = psutil.boot_time() + time.clock_gettime(time.CLOCK_BOOTTIME)
+        began = now - (time.time() - call.start) - 0.02
+        end([child for child in psutil.Process().children() if child.create_time() >= began])
+    return report

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parents[1]
 # For a run to come to something, on a machine as busy as may be.
-LONG = 500.0
+LONG = 300.0
 NAP = 0.05
 
 
@@ -38,11 +40,15 @@ def finish(process: subprocess.Popen[str], *, seconds: float = LONG) -> tuple[in
     return process.returncode, out
 
 
-def run_ranks(command: list[str], *, seconds: float) -> str:
+class HungError(AssertionError):
+    """Not over in time; with the output and all stacks."""
+
+
+def run_ranks(command: list[str], *, seconds: float = LONG) -> str:
     """The output of a command that starts ranks, with one thread each.
 
-    AssertionError with the output if it fails, or takes more than `seconds`: then it and all that
-    it forked say where they are, and are killed.
+    AssertionError with the output if it fails, HungError if it takes more than `seconds`: then it
+    and all that it started say where they are, and are killed.
     """
     process = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -53,14 +59,25 @@ def run_ranks(command: list[str], *, seconds: float) -> str:
         code, out = finish(process, seconds=seconds)
     except subprocess.TimeoutExpired:
         # Python's handler of SIGABRT writes the stacks of all threads.
-        os.killpg(process.pid, signal.SIGABRT)
-        with suppress(subprocess.TimeoutExpired):
-            out, _ = process.communicate(timeout=30)
-            raise AssertionError(f"not over after {seconds:g} s: {command}\n{out}") from None
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+        end([psutil.Process(process.pid)], signal.SIGABRT)
+        out, _ = process.communicate(timeout=LONG)
+        raise HungError(f"not over after {seconds:g} s: {command}\n{out}") from None
     assert code == 0, out
     return out
+
+
+def end(processes: list[psutil.Process], first: signal.Signals = signal.SIGKILL) -> None:
+    """Kill these and all below them, in whatever sessions they are: a rank whose launcher is gone
+    would go on. Those that do not end by the `first` signal get SIGKILL."""
+    family = list(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            family += process.children(recursive=True)
+    for number in (first, signal.SIGKILL):
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        _, family = psutil.wait_procs(family, timeout=10)
 
 
 def wait_until(

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ..processes import end
+
 # Seconds after which what has not ended never will, on the busiest machine.
 HANG = 120
 
@@ -73,6 +75,8 @@ class Trainer:
         script = folder / "trainer.py"
         script.write_text(TRAINER)
         self.shared_before = set(os.listdir("/dev/shm"))
+        self.workers: list[psutil.Process] = []
+        self.family: list[psutil.Process] = []
         self.process = subprocess.Popen(
             [sys.executable, str(script), str(clips), behaviour],
             stdin=subprocess.PIPE,
@@ -92,13 +96,22 @@ class Trainer:
     def kill_first_worker(self) -> int:
         """Kill the first worker as soon as it exists; returns its number."""
         process = psutil.Process(self.process.pid)
-        while self.process.poll() is None:
+        deadline = time.monotonic() + HANG
+        while self.process.poll() is None and time.monotonic() < deadline:
             for child in process.children():
                 if "spawn_main" in " ".join(child.cmdline()):
                     child.kill()
-                    self.family, self.workers = process.children(recursive=True), []
+                    self.family = process.children(recursive=True)
                     return child.pid
+            time.sleep(0.001)
+        end([process])
         raise AssertionError(self.process.communicate())
+
+    def end(self) -> None:
+        """Whatever has become of it."""
+        family = [*self.workers, *self.family]
+        end([psutil.Process(self.process.pid), *family] if self.process.poll() is None else family)
+        self.process.communicate()
 
     def finish(self) -> str:
         """Output of a trainer that ends by itself: soon, or this is a hang."""
@@ -137,11 +150,7 @@ def start(tmp_path: Path, clips: Path) -> Iterator[Callable[..., list[Trainer]]]
 
     yield begin
     for trainer in started:
-        trainer.process.kill()
-        trainer.process.communicate()
-        for worker in trainer.workers:
-            with suppress(psutil.NoSuchProcess):
-                worker.kill()
+        trainer.end()
 
 
 def test_a_killed_worker_is_a_clear_error(start: Callable[..., list[Trainer]]) -> None:
@@ -161,8 +170,7 @@ def test_a_worker_killed_before_it_has_read_its_list_of_files(tmp_path: Path, cl
         assert f"died data worker {pid} (exit code -9) ended" in trainer.finish()
         trainer.nothing_left()
     finally:
-        trainer.process.kill()
-        trainer.process.communicate()
+        trainer.end()
 
 
 def test_a_worker_killed_at_work(start: Callable[..., list[Trainer]]) -> None:

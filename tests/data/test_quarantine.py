@@ -85,6 +85,7 @@ try:
     quarantine.add([("/b.mp4", "empty")])
 except TooManyBadFiles as error:
     print(len(quarantine), str(error).partition(" cannot")[0])
+torch.distributed.destroy_process_group()
 """
 
 

@@ -24,9 +24,9 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_that_was_not(
     run_ranks(
         [
             sys.executable, "benchmarks/kill_training.py", "--kills", "3", "--stages", "2",
-            "--json", str(out), "--timeout", "300",
+            "--json", str(out), "--timeout", "200",
         ],
-        seconds=800,
+        seconds=450,
     )  # fmt: skip
     found = json.loads(out.read_text())
     assert (found["kills"], found["failed"]) == (3, 0)

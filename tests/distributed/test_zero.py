@@ -7,6 +7,7 @@ found.
 import importlib.util
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from fastjepa.observe.states import LAYOUTS
 from fastjepa.planning.communication import step_traffic
 
-from ..processes import run_ranks
+from ..processes import HungError, run_ranks
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -38,8 +39,14 @@ def findings(
     """The number of ranks, and what they found."""
     out = tmp_path_factory.mktemp("ranks") / "findings.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    worker = str(Path(__file__).with_name("worker.py"))
-    run_ranks([*launch, str(request.param), worker, str(out)], seconds=800)
+    command = [*launch, str(request.param), str(Path(__file__).with_name("worker.py")), str(out)]
+    try:
+        run_ranks(command, seconds=180)
+    except HungError as hung:
+        # More ranks than cores, and gloo's loop spins until its rank comes: on some machines for
+        # ever. Ranks that wait for one another in vain would do so every time.
+        warnings.warn(f"once more: {hung}", stacklevel=1)
+        run_ranks(command)
     return request.param, json.loads(out.read_text())
 
 
