@@ -1,7 +1,7 @@
 """Attention on a CPU, by what runs fastest.
 
-PyTorch's flash kernels in float32, and in bfloat16 plain products (attention_products.py) on long
-sequences, if the processor multiplies bfloat16. Measured with two threads of two EPYCs
+PyTorch's flash kernels in float32, and in bfloat16 plain products (attention_products.py), but on
+the shortest sequences, if the processor multiplies bfloat16. Measured with two threads of two EPYCs
 (benchmarks/cpu_choices.py): flash's backward gains up to a tenth when long sequences give it their
 keys 256 at a time, so that its scores stay in a core's cache, where the processor has AVX-512 and
 1 MiB of it; with AVX2 and 512 KiB it loses as much. In bfloat16 flash only beats itself in float32
@@ -21,7 +21,7 @@ from fastjepa_kernels.precision import multiplies_bfloat16
 # likewise.
 LONG = 768
 # From this length on bfloat16 is worth its casts.
-LONG_IN_BFLOAT16 = 512
+LONG_IN_BFLOAT16 = 96
 KEYS_AT_ONCE = 256
 
 _aten = torch.ops.aten

@@ -64,14 +64,17 @@ def test_in_float32_it_is_as_exact_as_pytorchs_own(
         assert error <= 2 * error_ref + 1e-7 * grad_exact.norm()
 
 
-# Even and uneven cuts of the tokens, sums that leave a rest, and a last head alone.
-@pytest.mark.parametrize(("heads", "length"), [(2, 512), (3, 777), (1, 1030)])
+# Sequences all at once and two at a time, heads eight and two at a time, uneven cuts of the tokens,
+# and sums that leave a rest.
+@pytest.mark.parametrize(
+    ("batch", "heads", "length"), [(3, 3, 97), (3, 2, 700), (1, 9, 511), (2, 3, 1451), (1, 1, 1030)]
+)
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 2.0])
 @pytest.mark.parametrize("channels", [16, 64])
 def test_in_bfloat16_it_is_as_exact_as_the_formula(
-    channels: int, deviation: float, heads: int, length: int
+    channels: int, deviation: float, batch: int, heads: int, length: int
 ) -> None:
-    shape = (2, heads, length, channels)
+    shape = (batch, heads, length, channels)
     q, k = (normal(*shape, deviation=deviation**0.5, seed=seed) for seed in (0, 1))
     v, upstream = (normal(*shape, seed=seed) for seed in (2, 3))
     wide = [t.clone().requires_grad_() for t in (q, k, v)]

@@ -132,12 +132,17 @@ def rotate_into(x_C: Tensor, factor_C: Tensor, out_C: Tensor) -> None:
 
     The last dimensions of both are contiguous.
     """
-    wide_C = x_C if x_C.dtype in (torch.float32, torch.float64) else x_C.float()
+    narrow = x_C.dtype not in (torch.float32, torch.float64)
+    if narrow and out_C.is_contiguous():
+        # What follows is slow on rows that lie apart.
+        x_C = out_C.copy_(x_C)
+    wide_C = x_C.to(wide(x_C.dtype))
     x = torch.view_as_complex(wide_C.unflatten(-1, (-1, 2)))
     if out_C.dtype == wide_C.dtype:
         torch.mul(x, factor_C, out=torch.view_as_complex(out_C.unflatten(-1, (-1, 2))))
     else:
-        out_C.copy_(torch.view_as_real(x * factor_C).flatten(-2))
+        turned = x.mul_(factor_C) if narrow else x * factor_C
+        out_C.copy_(torch.view_as_real(turned).flatten(-2))
 
 
 def _check(qkv_N3HC: Tensor, table_MC2: Tensor, index_N: Tensor | None) -> None:
