@@ -14,7 +14,7 @@ from fastjepa.config.resolve import resolve
 from fastjepa.config.streams import Stream
 from fastjepa.estimate import StreamCosts
 from fastjepa.masking.batch import Masks
-from fastjepa.model.block import Block
+from fastjepa.model.block import blocks_of
 from fastjepa.observe.flops import TokenNumbers
 from fastjepa.observe.footprint import Activations
 from fastjepa.recipe_parts import mask_maker
@@ -47,10 +47,8 @@ def case(recipe_file: str, *overrides: str, device: str) -> Case:
     with torch.device(device):
         jepa = build_jepa(recipe, resolved, torch.device(device))
     jepa.target.requires_grad_(False)
-    for network in (jepa.encoder, jepa.predictor, jepa.target):
-        for module in network.modules():
-            if isinstance(module, Block):
-                module.by_hand = "gpu"
+    for block in blocks_of(jepa.encoder, jepa.predictor, jepa.target):
+        block.by_hand = "gpu"
     masks = mask_maker(recipe, stream)(0)
     tokens = TokenNumbers(
         stream.tokens,

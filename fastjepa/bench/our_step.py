@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastjepa.bench.official_step import Update
 from fastjepa.masking.batch import Masks, distance_weights
-from fastjepa.model.block import Block
+from fastjepa.model.block import blocks_of
 from fastjepa.observe.stages import stage
 from fastjepa.train.engine import Engine
 from fastjepa.train.guard import LossGuard
@@ -46,8 +46,7 @@ def as_on_a_gpu(step: Callable[[Tensor, Masks], float]) -> Iterator[None]:
     if not isinstance(step, OurStep):
         yield
         return
-    networks = (step.jepa.encoder, step.jepa.target, step.jepa.predictor)
-    blocks = [m for network in networks for m in network.modules() if isinstance(m, Block)]
+    blocks = blocks_of(step.jepa.encoder, step.jepa.target, step.jepa.predictor)
     by_hand, in_turn = [block.by_hand for block in blocks], step.engine.in_turn
     step.engine.in_turn = False
     for block in blocks:

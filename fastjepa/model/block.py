@@ -41,15 +41,19 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
+def blocks_of(*networks: nn.Module) -> "list[Block]":
+    """The transformer blocks of networks, in the order in which they run."""
+    modules = (module for network in networks for module in network.modules())
+    return [module for module in modules if isinstance(module, Block)]
+
+
 def compile_blocks(*networks: nn.Module) -> None:
     """Let the blocks of networks run compiled (block_compiled.py) from now on.
 
     Blocks whose products are not plain ones stay as they are. Raises ValueError where nothing can
     be compiled for their device.
     """
-    modules = [module for network in networks for module in network.modules()]
-    blocks = [m for m in modules if isinstance(m, Block) and type(m.mlp.fc1) is nn.Linear]
-    for block in blocks:
+    for block in (b for b in blocks_of(*networks) if type(b.mlp.fc1) is nn.Linear):
         refusal = compile_refusal(block.mlp.fc1.weight.device)
         if refusal is not None:
             raise ValueError(f"blocks cannot be compiled here: {refusal}")

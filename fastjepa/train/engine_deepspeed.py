@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjepa.checkpoint.pieces import Shares, wait_for_copies
-from fastjepa.model.block import Block
+from fastjepa.model.block import Block, blocks_of
 from fastjepa.model.tokenizer import Tokenizer
 from fastjepa.observe.stages import stage
 from fastjepa.optim.param_groups import param_groups
@@ -249,13 +249,7 @@ def _call_unseen(modules: list[nn.Module]) -> None:
 
 def _outside_blocks(*networks: nn.Module) -> list[nn.Parameter]:
     """The parameters that a micro-batch may leave out: all but those of the transformer blocks."""
-    inside = {
-        parameter
-        for network in networks
-        for module in network.modules()
-        if isinstance(module, Block)
-        for parameter in module.parameters()
-    }
+    inside = {parameter for block in blocks_of(*networks) for parameter in block.parameters()}
     return [p for network in networks for p in network.parameters() if p not in inside]
 
 
@@ -318,9 +312,7 @@ def _config(
     parameters = list(networks.parameters())
     total = sum(p.numel() for p in parameters if p.requires_grad)
     bucket = min(BUCKET, total + total % 2)
-    block = max(
-        sum(p.numel() for p in m.parameters()) for m in networks.modules() if isinstance(m, Block)
-    )
+    block = max(sum(p.numel() for p in b.parameters()) for b in blocks_of(networks))
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,

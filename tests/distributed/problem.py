@@ -9,7 +9,7 @@ from torch import Tensor
 from fastjepa.masking.batch import MaskMaker
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
-from fastjepa.model.block import Block
+from fastjepa.model.block import blocks_of
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import Engine, TorchEngine
 from fastjepa.train.guard import LossGuard
@@ -31,10 +31,8 @@ def networks(seed: int = 0, *, checkpointing: bool = False, by_hand: str = "auto
         encoder_width=24, num_levels=2, width=24, depth=2, heads=2, num_mask_tokens=2, patch=8,
         checkpointing=checkpointing,
     )  # fmt: skip
-    for network in (encoder, target, predictor):
-        for module in network.modules():
-            if isinstance(module, Block):
-                module.by_hand = by_hand
+    for block in blocks_of(encoder, target, predictor):
+        block.by_hand = by_hand
     return Jepa(encoder, predictor, target, Objective((0.5, 0.5)), LEVELS, LEVELS)
 
 

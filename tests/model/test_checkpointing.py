@@ -10,7 +10,7 @@ from fastjepa.bench.memory import peak_and_kept
 from fastjepa.model import Encoder, Predictor, attention, attention_cpu
 from fastjepa.model.attention import backend_named
 from fastjepa.model.attention_cpu import LONG_IN_BFLOAT16
-from fastjepa.model.block import Block
+from fastjepa.model.block import blocks_of
 from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers, step_flops
 from fastjepa.observe.footprint import step_activations
 
@@ -58,9 +58,8 @@ def test_what_is_measured_on_the_way_is_not_the_blocks(
     index, found = torch.arange(20).expand(2, -1), []
     for each in (kind, "plain"):
         network = encoder(each, "auto")
-        for module in network.modules():
-            if isinstance(module, Block):
-                module.by_hand = None
+        for block in blocks_of(network):
+            block.by_hand = None
         found.append(gradients(network, index))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastjepa.masking.batch import MaskMaker, Masks
 from fastjepa.masking.blocks import Blocks
 from fastjepa.model import Encoder, Predictor
-from fastjepa.model.block import Block
+from fastjepa.model.block import blocks_of
 from fastjepa.objective.dense_loss import Objective
 from fastjepa.train.engine import TorchEngine, named_parameters
 from fastjepa.train.guard import LossGuard
@@ -133,10 +133,8 @@ def test_the_host_waits_for_no_value_of_a_step() -> None:
     caught up (53 ms of ViT-L's 280)."""
     jepa, engine, _ = make(torch.bfloat16, in_turn=False)
     guard = LossGuard(sigma=3.0, window=4, start=0, device=CPU)
-    for network in (jepa.encoder, jepa.predictor, jepa.target):
-        for module in network.modules():
-            if isinstance(module, Block):
-                module.by_hand = "gpu"
+    for block in blocks_of(jepa.encoder, jepa.predictor, jepa.target):
+        block.by_hand = "gpu"
     batches = micro_batch(), micro_batch(image=True)
     with HostReads() as reads:
         run(jepa, engine, guard, *batches)
@@ -389,10 +387,8 @@ def test_micro_batches_packed_into_one_sequence_equal_one_after_the_other(
     for packed in (False, True):
         jepa, engine, guard = make(torch.float64, in_turn=False)
         if not by_hand:
-            for network in (jepa.encoder, jepa.predictor, jepa.target):
-                for block in network.modules():
-                    if isinstance(block, Block):
-                        block.by_hand = None
+            for block in blocks_of(jepa.encoder, jepa.predictor, jepa.target):
+                block.by_hand = None
         passes: list[str] = []
         for network in (jepa.encoder, jepa.predictor, jepa.target):
             network.register_forward_hook(partial(note, passes))
