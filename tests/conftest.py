@@ -4,16 +4,14 @@ Without a GPU, Triton's kernels run in its interpreter, which has to be asked fo
 imports Triton.
 """
 
+import importlib.util
 import os
 import time
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
-
-from .processes import end
 
 if TYPE_CHECKING:
     from xdist.remote import Producer
@@ -44,7 +42,11 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """What a failed test started and left ends with it, or it would slow down all that follow."""
     report = yield
-    if report.failed:
+    if report.failed and importlib.util.find_spec("psutil"):
+        import psutil
+
+        from .processes import end
+
         # By the clock that dates processes, whose ticks are rounded down.
         now = psutil.boot_time() + time.clock_gettime(time.CLOCK_BOOTTIME)
         began = now - (time.time() - call.start) - 0.02
