@@ -4,7 +4,8 @@ write_video(Path("clip.mp4"), pictures, "h264", fps=24)
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import count
@@ -81,6 +82,7 @@ def write_video(
     # SVT-AV1 tells its settings on stderr otherwise.
     os.environ.setdefault("SVT_LOG", "1")
     with (
+        _scheduling_kept(),
         whole_file(path) as temporary,
         av.open(str(temporary), "w", options=dict(container_options or {})) as container,
     ):
@@ -106,6 +108,21 @@ def write_video(
             raise ValueError(f"{path}: no picture to write")
         container.mux(stream.encode())
     return path
+
+
+@contextmanager
+def _scheduling_kept() -> Iterator[None]:
+    """As root SVT-AV1 makes the thread that opens it, and so all that this starts later, real-time:
+    one that spins then keeps a core from everything else."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        if os.sched_getscheduler(0) != policy:
+            os.sched_setscheduler(0, policy, priority)
 
 
 def check_codec(codec: str) -> Encoding:

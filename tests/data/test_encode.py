@@ -1,5 +1,6 @@
 """Pictures written as a video come back; a file is whole or not there."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,3 +58,12 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.mp4: no picture to write"):
         write_video(tmp_path / "a.mp4", [], "mpeg4")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="no schedulers to ask for")
+@pytest.mark.parametrize("codec", encodable())
+def test_the_process_is_scheduled_as_before(codec: str, tmp_path: Path) -> None:
+    """SVT-AV1 makes it a real-time one, as root."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0).sched_priority
+    write_video(tmp_path / "v.mkv", [np.zeros((64, 64, 3), np.uint8)] * 3, codec)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
