@@ -94,7 +94,6 @@ def whole_target(jepa: Jepa, stage: int) -> dict[str, Tensor]:
 
     found = {}
     for name, parameter in jepa.target.named_parameters():
-        # One at a time: once, of all at once, gloo's loop span for ever on two of four ranks.
         with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
             found[name] = parameter.detach().clone().float()
     return found
