@@ -43,7 +43,7 @@ def findings(
     try:
         run_ranks(command, seconds=180)
     except HungError as hung:
-        # More ranks than cores, and gloo's loop spins until its rank comes: for ever where ranks are
+        # More ranks than cores, and gloo's loop spins until its rank comes: for ever where they are
         # real-time (see write_video). Ranks that wait for one another in vain do so every time.
         warnings.warn(f"once more: {hung}", stacklevel=1)
         run_ranks(command)
