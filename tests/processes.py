@@ -40,15 +40,11 @@ def finish(process: subprocess.Popen[str], *, seconds: float = LONG) -> tuple[in
     return process.returncode, out
 
 
-class HungError(AssertionError):
-    """Not over in time; with the output and all stacks."""
-
-
 def run_ranks(command: list[str], *, seconds: float = LONG) -> str:
     """The output of a command that starts ranks, with one thread each.
 
-    AssertionError with the output if it fails, HungError if it takes more than `seconds`: then it
-    and all that it started say where they are, and are killed.
+    AssertionError with the output if it fails, or takes more than `seconds`: then it and all that
+    it started say where they are, and are killed.
     """
     process = subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -61,7 +57,7 @@ def run_ranks(command: list[str], *, seconds: float = LONG) -> str:
         # Python's handler of SIGABRT writes the stacks of all threads.
         end([psutil.Process(process.pid)], signal.SIGABRT)
         out, _ = process.communicate(timeout=LONG)
-        raise HungError(f"not over after {seconds:g} s: {command}\n{out}") from None
+        raise AssertionError(f"not over after {seconds:g} s: {command}\n{out}") from None
     assert code == 0, out
     return out
 

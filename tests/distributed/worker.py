@@ -92,11 +92,9 @@ def whole_target(jepa: Jepa, stage: int) -> dict[str, Tensor]:
     """The target's working weights as its forward sees them."""
     import deepspeed
 
-    found = {}
-    for name, parameter in jepa.target.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
-            found[name] = parameter.detach().clone().float()
-    return found
+    parameters = list(jepa.target.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+        return {n: p.detach().clone().float() for n, p in jepa.target.named_parameters()}
 
 
 def against_a_full_ema(ranks: Ranks, stage: int, **options: Any) -> Findings:
