@@ -26,6 +26,7 @@ from fastjepa.model.attention_backends import ALL
 from fastjepa.model.block_compiled import compile_refusal
 from fastjepa.observe.processes import usable_cores
 from fastjepa_kernels.backend import choose
+from fastjepa_kernels.packed_attention import avx512
 
 OLDEST_TORCH = (2, 11)
 # An import that takes longer than this many seconds counts as broken.
@@ -294,10 +295,7 @@ def _backends(dali: bool) -> Iterator[Finding]:
         products = "cuBLAS, because the device is CUDA"
     else:
         device = "the CPU, because no CUDA device is seen (engine.device: auto)"
-        attention = (
-            "PyTorch's flash kernel for CPUs inside a hand-written block (model/block_cpu.py), "
-            "because the device is a CPU; model.attention: math takes the plain formula"
-        )
+        attention = _attention_on_a_cpu()
         onednn = torch.backends.mkldnn.is_available()
         wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         products = (
@@ -340,6 +338,20 @@ def _compiled(device: torch.device) -> str:
     refusal = compile_refusal(device)
     able = "engine.compile=blocks can be asked for" if refusal is None else f"not: {refusal}"
     return f"none, because engine.compile is null by default; {able}"
+
+
+def _attention_on_a_cpu() -> str:
+    """What `model.attention: auto` is for heads of 64 channels, in a block by hand."""
+    refusals = {
+        str(dtype)[6:]: avx512.refusal(torch.device("cpu"), dtype, 64)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    ours = [name for name, refusal in refusals.items() if refusal is None]
+    why = "; ".join(dict.fromkeys(refusal for refusal in refusals.values() if refusal))
+    if not ours:
+        return f"PyTorch's flash kernel for CPUs, in float32, because {why}"
+    rest = f"; PyTorch's flash kernel in float32 for bfloat16, because {why}" if why else ""
+    return f"our own kernels for AVX-512 (avx512), in {' and '.join(ours)}, because it has it{rest}"
 
 
 def _attention(device: torch.device) -> str:

@@ -88,6 +88,7 @@ class Model(Sizes):
     keep_attention: bool = False
     attention: Literal[
         "auto",
+        "avx512",
         "sdpa",
         "cudnn",
         "triton",

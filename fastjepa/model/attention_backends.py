@@ -18,11 +18,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend as Sdpa
 from torch.nn.attention import sdpa_kernel
 
+from fastjepa.model.attention_cpu import Avx512
 from fastjepa.model.segments import Segment
+from fastjepa_kernels.packed_attention import avx512
 
 _HALF = (torch.float16, torch.bfloat16)
 
 Run = Callable[[Tensor, Tensor, Tensor, Sequence[Segment]], Tensor]
+Refusal = Callable[[torch.device, torch.dtype, int], str | None]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Backend:
 
     It is built for GPUs of a compute capability of `capability` or more, but less than `below`.
     `plans`: it prepares itself for every new length, which takes longer than a step can spare.
+    `refuses`: what knows better than these where it runs.
     """
 
     name: str
@@ -42,11 +46,14 @@ class Backend:
     below: tuple[int, int] | None = None
     channels: tuple[int, int, int] = (8, 256, 8)
     plans: bool = False
+    refuses: Refusal | None = None
 
     def refusal(self, device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
         """Why it cannot take heads of `channels` channels there; None if it can."""
         if not _found(self.module):
             return f"{self.module} is not installed"
+        if self.refuses is not None:
+            return self.refuses(device, dtype, channels)
         if not self.needs_cuda:
             return None
         if device.type != "cuda":
@@ -110,6 +117,11 @@ def _sdpa(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
     # Left to itself it takes cuDNN's, which is a backend of its own.
     with sdpa_kernel([Sdpa.FLASH_ATTENTION, Sdpa.EFFICIENT_ATTENTION, Sdpa.MATH]):
         return F.scaled_dot_product_attention(q_BHKC, k_BHKC, v_BHKC)
+
+
+def _avx512(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
+    out: Tensor = Avx512.apply(q_BHKC, k_BHKC, v_BHKC)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _cudnn(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> Tensor:
@@ -194,6 +206,7 @@ def _block_diagonal(segments: tuple[Segment, ...], device: torch.device) -> obje
 
 
 ALL = (
+    Backend("avx512", by_segment(_avx512), needs_cuda=False, refuses=avx512.refusal),
     Backend("sdpa", by_segment(_sdpa), needs_cuda=False),
     Backend("cudnn", by_segment(_cudnn), channels=(8, 128, 8), plans=True),
     Backend("triton", _triton, "triton", channels=(16, 128, 8)),

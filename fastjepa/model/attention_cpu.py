@@ -1,52 +1,59 @@
-"""Attention on a CPU, by what runs fastest.
+"""Attention on a CPU: our own kernels where the processor has AVX-512, elsewhere PyTorch's flash.
 
-PyTorch's flash kernels in float32, and in bfloat16 plain products (attention_products.py), but on
-the shortest sequences, if the processor multiplies bfloat16. Measured with two threads of two EPYCs
-(benchmarks/cpu_choices.py): flash's backward gains up to a tenth when long sequences give it their
-keys 256 at a time, so that its scores stay in a core's cache, where the processor has AVX-512 and
-1 MiB of it; with AVX2 and 512 KiB it loses as much. In bfloat16 flash only beats itself in float32
-on long sequences, and products beat both.
+Measured with two threads of two EPYCs (benchmarks/cpu_choices.py). Flash attention in bfloat16 is
+slower than in float32, which then runs instead. Its backward gains up to a tenth when long
+sequences give it their keys 256 at a time, so that its scores stay in a core's cache, where the
+processor has AVX-512 and 1 MiB of it; with AVX2 and 512 KiB it loses as much.
 
 Shapes: B sequences, H heads, K tokens, C head channels.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastjepa.model import attention_products
 from fastjepa.model.products_cpu import wide_vectors
-from fastjepa_kernels.precision import multiplies_bfloat16
+from fastjepa_kernels.packed_attention import avx512
 
 # From this length on the flash kernel takes 256 queries at a time, and keys are worth splitting
 # likewise.
 LONG = 768
-# From this length on bfloat16 is worth its casts.
-LONG_IN_BFLOAT16 = 96
 KEYS_AT_ONCE = 256
+# Ours subtracts no maximum: up to here float32 holds each exponential beside the largest.
+LARGEST_SUM = 60.0
+CPU = torch.device("cpu")
 
 _aten = torch.ops.aten
 
 
-def attention_dtype(dtype: torch.dtype, length: int) -> torch.dtype:
-    """The dtype in which sequences of `length` tokens run fastest without losing precision."""
-    if dtype != torch.bfloat16 or (length >= LONG_IN_BFLOAT16 and multiplies_bfloat16()):
-        return dtype
-    return torch.float32
+def _ours(backend: str, dtype: torch.dtype, channels: int) -> bool:
+    if backend == "sdpa":
+        return False
+    refusal = avx512.refusal(CPU, dtype, channels)
+    if refusal is not None and backend == "avx512":
+        raise ValueError(f"attention: avx512 cannot run here: {refusal}")
+    return refusal is None
 
 
-def _by_products(q_BHKC: Tensor, k_BHKC: Tensor) -> bool:
-    return (
-        q_BHKC.dtype == torch.bfloat16
-        and multiplies_bfloat16()
-        and attention_products.scores_are_small(q_BHKC, k_BHKC)
-    )
+def attention_dtype(dtype: torch.dtype, channels: int, backend: str = "auto") -> torch.dtype:
+    """The dtype in which heads of `channels` channels run fastest without losing precision."""
+    slow = dtype == torch.bfloat16 and not _ours(backend, dtype, channels)
+    return torch.float32 if slow else dtype
 
 
-def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention output [B, H, K, C] (tokens before heads in memory) and log-sum-exp [B, H, K]."""
-    if _by_products(q_BHKC, k_BHKC):
-        out, lse = attention_products.forward(q_BHKC, k_BHKC, v_BHKC)
-        return out, lse
+def forward(
+    q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Attention output [B, H, K, C] (tokens before heads in memory) and log-sum-exp [B, H, K].
+
+    `backend`: sdpa, avx512, or auto, which is the latter where it can be. Scores too large for our
+    kernels, which are few if any, are PyTorch's. Raises ValueError where avx512 cannot be.
+    """
+    if _ours(backend, q_BHKC.dtype, q_BHKC.shape[-1]):
+        out, lse = avx512.forward(q_BHKC, k_BHKC, v_BHKC)
+        if bool((lse.abs() <= LARGEST_SUM).all()):
+            return out, lse
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHKC, k_BHKC, v_BHKC)
     return out, lse
 
@@ -58,14 +65,15 @@ def backward(
     v_BHKC: Tensor,
     out_BHKC: Tensor,
     lse_BHK: Tensor,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each [B, H, K, C].
 
     In flash's backward keys may be split because out and lse already know all of them: each part
     gives its own keys' and values' gradients and a summand of the queries'.
     """
-    if _by_products(q_BHKC, k_BHKC):
-        return attention_products.backward(grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC, lse_BHK)
+    if _ours(backend, q_BHKC.dtype, q_BHKC.shape[-1]):
+        return avx512.backward(grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC, lse_BHK)
 
     def part(keys: slice) -> tuple[Tensor, Tensor, Tensor]:
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -83,3 +91,19 @@ def backward(
         dq_part, dk[:, :, keys], dv[:, :, keys] = part(keys)
         dq += dq_part
     return dq, dk, dv
+
+
+class Avx512(torch.autograd.Function):
+    """`forward` by our kernels as one differentiable function of q, k and v [B, H, K, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = forward(q, k, v, "avx512")
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return backward(grad, q, k, v, out, lse, "avx512")

@@ -134,8 +134,9 @@ class Block(nn.Module):
         assert not recompute or way == "cpu"
         if way == "cpu":
             x_RD = attention_half(
-                x_RD, self.norm1, self.attn, tables_RC2, segments, shared, recompute=recompute
-            )
+                x_RD, self.norm1, self.attn, tables_RC2, segments, shared,
+                backend=self.backend, recompute=recompute,
+            )  # fmt: skip
             return mlp_half(x_RD, self.norm2, self.mlp, recompute=recompute)
         if shared:
             x_RD = shared.spread(x_RD)
@@ -168,7 +169,7 @@ class Block(nn.Module):
             return self.by_hand
         if x.device.type == "cpu":
             plain = type(self.mlp.fc1) is nn.Linear
-            return "cpu" if plain and self.backend in ("auto", "sdpa") else None
+            return "cpu" if plain and self.backend in ("auto", "sdpa", "avx512") else None
         if x.dtype == torch.float64 or torch.compiler.is_compiling():
             return None
         return "gpu" if choose("auto", x.device).name == "triton" else None

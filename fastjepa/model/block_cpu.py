@@ -46,16 +46,18 @@ def attention_half(
     segments: Sequence[Segment],
     shared: SharedRow | None,
     *,
+    backend: str = "auto",
     recompute: bool = False,
 ) -> Tensor:
     """`x + proj(attention(rope(qkv(norm(x)))))`: [R, D] -> [R, D].
 
     With `shared`, x [U, D] holds the row that its sequences share once, and so it is normed and
-    multiplied once.
+    multiplied once. `backend`: of attention_cpu.py.
     """
     out: Tensor = _AttentionHalf.apply(
         x_RD, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight,
-        attn.proj.bias, norm.eps, attn.heads, tuple(tables), tuple(segments), shared, recompute,
+        attn.proj.bias, norm.eps, attn.heads, tuple(tables), tuple(segments), shared, backend,
+        recompute,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out
 
@@ -91,7 +93,7 @@ def _norm_backward(
     return dx_RD, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-def _heads_first(parts: Sequence[Tensor], table: Tensor) -> Tensor:
+def _heads_first(parts: Sequence[Tensor], table: Tensor, backend: str) -> Tensor:
     """Rotated q, rotated k and v of one segment, each as attention reads it fastest: [3, B, H, K,
     C].
 
@@ -100,7 +102,7 @@ def _heads_first(parts: Sequence[Tensor], table: Tensor) -> Tensor:
     count, _, _, heads, channels = parts[0].shape
     sizes = [part.shape[1] for part in parts]
     length = sum(sizes)
-    dtype = attention_cpu.attention_dtype(parts[0].dtype, length)
+    dtype = attention_cpu.attention_dtype(parts[0].dtype, channels, backend)
     out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=parts[0].device)
     factor = as_factor(table)[:, None]
     for part, to, turn in zip(parts, out.split(sizes, 3), factor.split(sizes, 2), strict=True):
@@ -119,12 +121,15 @@ def _queries_keys_values(
     tables: Sequence[Tensor],
     segments: Sequence[Segment],
     shared: SharedRow | None,
+    backend: str,
 ) -> list[Tensor]:
     """Of each segment what attention takes, [3, B, H, K, C], from normed rows."""
     dtype = n_RD.dtype
     qkv_R3HC = linear(n_RD, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, heads, -1))
     return [
-        _heads_first(shared.parts(qkv_R3HC, number) if shared else [segment.rows(qkv_R3HC)], table)
+        _heads_first(
+            shared.parts(qkv_R3HC, number) if shared else [segment.rows(qkv_R3HC)], table, backend
+        )
         for number, (segment, table) in enumerate(zip(segments, tables, strict=True))
     ]
 
@@ -145,24 +150,28 @@ class _AttentionHalf(torch.autograd.Function):
         tables,
         segments,
         shared,
+        backend,
         recompute,
     ) -> Tensor:
         dtype = product_dtype(x_RD)
         n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
         outs, lses, kept = [], [], []
         for qkv in _queries_keys_values(
-            n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=segments, shared=shared
-        ):
-            out, lse = attention_cpu.forward(*qkv)
+            n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=segments, shared=shared,
+            backend=backend,
+        ):  # fmt: skip
+            q, k, v = qkv
+            out, lse = attention_cpu.forward(q, k, v, backend)
             outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]).to(dtype))
             lses.append(lse)
             kept += [] if recompute else [qkv]
-        del n_RD, qkv
+        del n_RD, q, k, v, qkv
         mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
         ctx.save_for_backward(
             x_RD, mean, rstd, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *tables, *lses, *kept
         )
         ctx.heads, ctx.segments, ctx.shared, ctx.eps = heads, segments, shared, eps
+        ctx.backend = backend
         residual_RD = shared.spread(x_RD) if shared else x_RD
         return linear_add(mixed_RD, residual_RD, proj_w.to(dtype), proj_b.to(dtype))
 
@@ -176,7 +185,7 @@ class _AttentionHalf(torch.autograd.Function):
         n_RD, _, _ = _normed(x_RD, norm_w, norm_b, eps, dtype)
         qkvs = kept or _queries_keys_values(
             n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=ctx.segments,
-            shared=ctx.shared,
+            shared=ctx.shared, backend=ctx.backend,
         )  # fmt: skip
         dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, -1))
         mixed_RHC = mixed_RD.unflatten(-1, (heads, -1))
@@ -186,7 +195,7 @@ class _AttentionHalf(torch.autograd.Function):
             dmixed, mixed = (
                 segment.rows(t).transpose(1, 2).to(q.dtype) for t in (dmixed_RHC, mixed_RHC)
             )
-            dq, dk, dv = attention_cpu.backward(dmixed, q, k, v, mixed, lse)
+            dq, dk, dv = attention_cpu.backward(dmixed, q, k, v, mixed, lse, ctx.backend)
             back = as_factor(table, inverse=True)[:, None]
             dqkv = segment.rows(dqkv_R3HC)
             rotate_into(dq, back, dqkv[:, :, 0].transpose(1, 2))
@@ -206,7 +215,7 @@ class _AttentionHalf(torch.autograd.Function):
         )
         dx_RD += dy_RD
         grads = dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 7
 
 
 class _MlpHalf(torch.autograd.Function):

@@ -18,6 +18,7 @@ from fastjepa.model import attention
 from fastjepa.model.attention import BACKENDS, attend, backend_named, candidates, measured
 from fastjepa.model.attention_backends import ALL, Backend, sequence_starts
 from fastjepa.model.segments import Segment, segments_of
+from fastjepa_kernels.packed_attention import avx512
 
 CPU = torch.device("cpu")
 HERE = [b.name for b in ALL if b.refusal(CPU, torch.float64, 8) is None]
@@ -152,7 +153,9 @@ def test_what_prepares_itself_for_every_length_is_for_lengths_that_recur(
 
 
 def test_on_a_cpu_there_is_nothing_to_choose() -> None:
-    assert [b.name for b in candidates(CPU, torch.bfloat16, 64)] == ["sdpa"]
+    able = avx512.refusal(CPU, torch.bfloat16, 64) is None
+    assert [b.name for b in candidates(CPU, torch.bfloat16, 64)] == ["avx512" if able else "sdpa"]
+    assert [b.name for b in candidates(CPU, torch.bfloat16, 24)] == ["sdpa"]
 
 
 @pytest.mark.parametrize("name", [b.name for b in ALL if b.needs_cuda])
@@ -163,7 +166,7 @@ def test_one_that_cannot_run_says_why(name: str) -> None:
 
 
 def test_an_unknown_backend_is_named() -> None:
-    with pytest.raises(ValueError, match=r"attention: expected one of auto, sdpa, .*got 'quick'"):
+    with pytest.raises(ValueError, match=r"expected one of auto, avx512, sdpa, .*got 'quick'"):
         attend(*torch.zeros(3, 2, 1, 8), segments_of([(1, 2)]), backend="quick")
 
 

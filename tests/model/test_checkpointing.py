@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from fastjepa.bench.memory import peak_and_kept
-from fastjepa.model import Encoder, Predictor, attention, attention_cpu
+from fastjepa.model import Encoder, Predictor, attention
 from fastjepa.model.attention import backend_named
-from fastjepa.model.attention_cpu import LONG_IN_BFLOAT16
 from fastjepa.model.block import blocks_of
 from fastjepa.observe.flops import EncoderNumbers, PredictorNumbers, TokenNumbers, step_flops
 from fastjepa.observe.footprint import step_activations
+from fastjepa_kernels.packed_attention import avx512
 
 CPU = torch.device("cpu")
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -23,10 +23,10 @@ KINDS = {
 }
 
 
-def encoder(kind: str, attention: str) -> Encoder:
+def encoder(kind: str, attention: str, width: int = 24) -> Encoder:
     torch.manual_seed(0)
     return Encoder(
-        width=24, depth=3, heads=2, mlp_width=96, levels=[0, 2], patch=8, attention=attention,
+        width=width, depth=3, heads=2, mlp_width=96, levels=[0, 2], patch=8, attention=attention,
         **KINDS[kind],  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -79,19 +79,26 @@ def test_kept_attention_runs_once(kind: str, runs: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "runs"), [("checkpointed", 2), ("attention kept", 1)])
-def test_attention_by_products_is_kept_too(
-    kind: str, runs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in bfloat16 on a processor that multiplies it."""
-    monkeypatch.setattr(attention_cpu, "multiplies_bfloat16", lambda: True)
-    network, index = encoder(kind, "auto"), torch.arange(LONG_IN_BFLOAT16).expand(1, -1)
-    clip = torch.randn(1, 3, 16, 64, 64)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
-        with torch.autocast("cpu", torch.bfloat16):
-            level = network(clip, [index])[-1]
-        level.sum().backward()
-    scores = sum(event.name == "aten::baddbmm" for event in record.events() or ())
-    assert scores == (runs + 1) * 3  # once more in its own backward; blocks
+@pytest.mark.parametrize("by_hand", ["auto", None])
+def test_attention_by_our_kernels_is_kept_too(by_hand: str | None, kind: str, runs: int) -> None:
+    refusal = avx512.refusal(CPU, torch.float32, 32)
+    if refusal is not None:
+        pytest.skip(refusal)
+    network, index = encoder(kind, "auto", width=64), torch.arange(16).expand(1, -1)
+    for block in blocks_of(network):
+        block.by_hand = by_hand
+    clip, calls = torch.randn(1, 3, 4, 32, 32), []
+    run = avx512._run
+
+    def counted(name: str, *arguments: object) -> None:
+        calls.append(name)
+        run(name, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(avx512, "_run", counted)
+        network(clip, [index])[-1].sum().backward()
+    assert calls.count("forward") == runs * 3  # blocks
+    assert calls.count("backward") == 3
 
 
 def test_the_predictor_takes_it_too() -> None:

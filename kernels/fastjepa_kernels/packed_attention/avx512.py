@@ -1,0 +1,123 @@
+"""Attention on a CPU with AVX-512, in C++ (avx512.cpp): one pass over scores that are never stored.
+
+Float32, and bfloat16 where the processor multiplies it (AVX-512 BF16); heads of 32, 64 or 128
+channels. Sums are added up in float32 in an order that no number of threads changes.
+
+Shapes: B sequences, H heads, K tokens, C head channels.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..library import custom_op
+from ..native import CannotCompileError, load
+
+CHANNELS = (32, 64, 128)
+# Values in a word of 32 bits.
+_IN_A_WORD = {torch.float32: 1, torch.bfloat16: 2}
+_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
+
+
+class _View(ctypes.Structure):
+    _fields_ = (
+        ("at", ctypes.c_void_p),
+        *((axis, ctypes.c_int64) for axis in ("batch", "head", "token")),
+    )
+
+
+_SIZES = [ctypes.c_int] * 5
+_ARGUMENTS = {
+    "forward": [ctypes.c_int, *[_View] * 4, ctypes.c_void_p, *_SIZES],
+    "backward": [ctypes.c_int, *[_View] * 5, ctypes.c_void_p, *[_View] * 3, *_SIZES],
+}
+
+
+def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
+    """Why it cannot take heads of `channels` channels there; None if it can. The first call that
+    gets so far compiles, which takes seconds once on a machine."""
+    if device.type != "cpu":
+        return f"it needs a CPU, not {device.type}"
+    if dtype not in _IN_A_WORD:
+        return f"it takes float32 and bfloat16, not {str(dtype)[6:]}"
+    if channels not in CHANNELS:
+        return f"it takes heads of 32, 64 or 128 channels, not {channels}"
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return "the processor, or this PyTorch on it, has no AVX-512"
+    library = _library()
+    if isinstance(library, str):
+        return library
+    if not library.takes(_IN_A_WORD[dtype]):
+        return f"the processor does not multiply {str(dtype)[6:]} (AVX-512 BF16)"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | str:
+    """The compiled library, or why there is none."""
+    try:
+        library = load(Path(__file__).with_suffix(".cpp"), _FLAGS)
+    except CannotCompileError as error:
+        return str(error)
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def _run(name: str, x_BHKC: Tensor, *arguments: object) -> None:
+    library = _library()
+    assert isinstance(library, ctypes.CDLL), library
+    batch, heads, length, channels = x_BHKC.shape
+    sizes = batch, heads, length, channels, torch.get_num_threads()
+    failed = getattr(library, name)(_IN_A_WORD[x_BHKC.dtype], *arguments, *sizes)
+    assert not failed, (name, x_BHKC.shape)
+
+
+def _side_by_side(x_BHKC: Tensor) -> Tensor:
+    return x_BHKC if x_BHKC.stride(-1) == 1 else x_BHKC.contiguous()
+
+
+def _view(x_BHKC: Tensor) -> _View:
+    return _View(x_BHKC.data_ptr(), *x_BHKC.stride()[:3])
+
+
+@custom_op("attention_avx512")
+def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
+    """`softmax(q k^T / sqrt(C)) v` [B, H, K, C], tokens before heads in memory, and float32
+    log-sum-exp [B, H, K].
+
+    q, k, v: as `refusal` lets pass, any strides. No maximum is subtracted from the scores: where a
+    log-sum-exp lies beyond +-60 the output need not be right, and is not finite where one is not.
+    (docs/method.md section 2.)
+    """
+    q, k, v = (_side_by_side(x) for x in (q_BHKC, k_BHKC, v_BHKC))
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
+    out = out.transpose(1, 2)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if q.numel():
+        _run("forward", q, *map(_view, (q, k, v, out)), lse.data_ptr())
+    return out, lse
+
+
+def backward(
+    grad_BHKC: Tensor,
+    q_BHKC: Tensor,
+    k_BHKC: Tensor,
+    v_BHKC: Tensor,
+    out_BHKC: Tensor,
+    lse_BHK: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each a contiguous [B, H, K, C], from anyone's output and float32
+    log-sum-exp."""
+    grad, q, k, v, out = map(_side_by_side, (grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC))
+    lse = lse_BHK.contiguous()
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
+    if q.numel():
+        _run(
+            "backward", q, *map(_view, (grad, q, k, v, out)), lse.data_ptr(),
+            *map(_view, (dq, dk, dv)),
+        )  # fmt: skip
+    return dq, dk, dv
