@@ -351,7 +351,7 @@ def _attention_on_a_cpu() -> str:
     if not ours:
         return f"PyTorch's flash kernel for CPUs, in float32, because {why}"
     rest = f"; PyTorch's flash kernel in float32 for bfloat16, because {why}" if why else ""
-    return f"our own kernels for AVX-512 (avx512), in {' and '.join(ours)}, because it has it{rest}"
+    return f"our own kernels (avx512) in {' and '.join(ours)}, because the CPU has AVX-512{rest}"
 
 
 def _attention(device: torch.device) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 import fastjepa_kernels
 from fastjepa import selftest
 from fastjepa.doctor import Finding, as_table, as_text, examine, healthy
+from fastjepa_kernels.packed_attention import avx512
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,9 @@ def test_every_backend_is_given_with_its_reason(findings: list[Finding]) -> None
     assert kernel in backends["op linear_dense_l1"]
     assert "PyTorch twin" in backends["op mask_distance"]
     assert all("because" in detail for detail in backends.values())
-    assert ("block_cpu" in backends["attention"]) != torch.cuda.is_available()
+    able = avx512.refusal(torch.device("cpu"), torch.float32, 64) is None
+    if not torch.cuda.is_available():
+        assert ("avx512" if able else "PyTorch's flash kernel") in backends["attention"]
 
 
 def test_every_self_test_was_run(findings: list[Finding]) -> None:

@@ -84,7 +84,6 @@ def _view(x_BHKC: Tensor) -> _View:
     return _View(x_BHKC.data_ptr(), *x_BHKC.stride()[:3])
 
 
-@custom_op("attention_avx512")
 def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
     """`softmax(q k^T / sqrt(C)) v` [B, H, K, C], tokens before heads in memory, and float32
     log-sum-exp [B, H, K].
@@ -93,6 +92,14 @@ def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Ten
     log-sum-exp lies beyond +-60 the output need not be right, and is not finite where one is not.
     (docs/method.md section 2.)
     """
+    # One op where something watches, such as checkpointing that keeps attention; it takes longer,
+    # and the first such call in a process loads Triton.
+    run = _forward_op if torch._C._len_torch_dispatch_stack() else _forward
+    out, lse = run(q_BHKC, k_BHKC, v_BHKC)
+    return out, lse
+
+
+def _forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (_side_by_side(x) for x in (q_BHKC, k_BHKC, v_BHKC))
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     out = out.transpose(1, 2)
@@ -100,6 +107,9 @@ def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Ten
     if q.numel():
         _run("forward", q, *map(_view, (q, k, v, out)), lse.data_ptr())
     return out, lse
+
+
+_forward_op = custom_op("attention_avx512")(_forward)
 
 
 def backward(
