@@ -26,6 +26,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import DupFd
 from multiprocessing.util import Finalize
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, cast
 
@@ -273,6 +274,7 @@ def _next_batch(answers: Any) -> Batch:
 def _obituary(dead: Sequence[SpawnProcess]) -> str:
     for worker in dead:
         worker.join(timeout=1.0)
+        _clear_away(worker)
     ends = ", ".join(f"{worker.pid} (exit code {worker.exitcode})" for worker in dead)
     hint = ""
     if any(worker.exitcode in (-signal.SIGKILL, -signal.SIGBUS) for worker in dead):
@@ -281,6 +283,13 @@ def _obituary(dead: Sequence[SpawnProcess]) -> str:
             "use fewer workers, less prefetch or a smaller batch"
         )
     return f"data worker {ends} ended while batches were being made{hint}"
+
+
+def _clear_away(worker: SpawnProcess) -> None:
+    """Shared memory that a worker was making when it was killed: PyTorch names it after the process
+    and takes the name away at once, but no sooner."""
+    for left in Path("/dev/shm").glob(f"torch_{worker.pid}_*"):
+        left.unlink(missing_ok=True)
 
 
 def _as_it_is(answer: object) -> object:
