@@ -27,6 +27,7 @@ from fastjepa.model.block_compiled import compile_refusal
 from fastjepa.observe.processes import usable_cores
 from fastjepa_kernels.backend import choose
 from fastjepa_kernels.packed_attention import avx512
+from fastjepa_kernels.precision import wide_vectors
 
 OLDEST_TORCH = (2, 11)
 # An import that takes longer than this many seconds counts as broken.
@@ -297,10 +298,9 @@ def _backends(dali: bool) -> Iterator[Finding]:
         device = "the CPU, because no CUDA device is seen (engine.device: auto)"
         attention = _attention_on_a_cpu()
         onednn = torch.backends.mkldnn.is_available()
-        wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
         products = (
             "oneDNN, and MKL for the weights' gradients, because this torch has oneDNN"
-            if onednn and wide
+            if onednn and wide_vectors()
             else "MKL, because it is faster than oneDNN without AVX-512"
             if onednn
             else "plain products, because this torch has no oneDNN"

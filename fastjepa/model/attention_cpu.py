@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjepa.model.products_cpu import wide_vectors
 from fastjepa_kernels.packed_attention import avx512
+from fastjepa_kernels.precision import wide_vectors
 
 # From this length on the flash kernel takes 256 queries at a time, and keys are worth splitting
 # likewise.

@@ -12,12 +12,12 @@ Shapes: R rows, I input width, O output width.
 """
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 
 import torch
 from torch import Tensor
 
-from fastjepa_kernels.precision import as_multiplied
+from fastjepa_kernels.precision import as_multiplied, wide_vectors
 
 # From this many rows on, a transposed copy of a wide weight pays for itself.
 MANY_ROWS = 2048
@@ -43,12 +43,6 @@ def _by_onednn(x: Tensor) -> bool:
     if x.dtype == torch.float32:
         return wide_vectors() and torch.backends.mkldnn.is_available()
     return x.dtype == torch.bfloat16
-
-
-@lru_cache(maxsize=1)
-def wide_vectors() -> bool:
-    """Whether the processor has AVX-512; those that do have 1 MiB of second-level cache or more."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _laid_out(weight_OI: Tensor, rows: int) -> Tensor:

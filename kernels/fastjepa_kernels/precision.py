@@ -1,4 +1,6 @@
-"""The dtype that ops compute and add up in."""
+"""The dtype that ops compute and add up in, and what a processor has for it."""
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -7,6 +9,12 @@ from torch import Tensor
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for all else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=1)
+def wide_vectors() -> bool:
+    """Whether the processor has AVX-512; those that do have 1 MiB of second-level cache or more."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def multiplies_bfloat16() -> bool:

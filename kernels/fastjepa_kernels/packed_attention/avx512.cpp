@@ -41,11 +41,11 @@ constexpr int QUERIES = 96;  // most of a forward's task
 constexpr int KEYS = 48;     // whose gradients a backward sums at once
 constexpr float ZEROED = -1e30f;
 
-int up(int count, int step) { return (count + step - 1) / step * step; }
+constexpr int up(int count, int step) { return (count + step - 1) / step * step; }
 
 // Words of a row that holds `count`: whole vectors, an odd number of them, so that rows below each
 // other fall into different sets of the first-level cache.
-int pitch(int count) { return up(count, LANES) | LANES; }
+constexpr int pitch(int count) { return up(count, LANES) | LANES; }
 
 using Room = std::unique_ptr<uint32_t, decltype(&std::free)>;
 
@@ -338,7 +338,8 @@ void tile_of_scores(Head<K, C>& head, Rows<K> k, Rows<K> v, int key, int row, in
       p[r][i] = power_of_two(_mm512_fmadd_ps(p[r][i], by, bias));
   }
   UNROLL for (int r = 0; r < ROWS; ++r) K::store(head.p[row + r] + at, p[r][0], p[r][1]);
-  add_products<K, ROWS, V>(ds, v_rows, C / K::IN_A_WORD, head.grad_columns + query, head.queries_apart);
+  add_products<K, ROWS, V>(ds, v_rows, C / K::IN_A_WORD, head.grad_columns + query,
+                           head.queries_apart);
   UNROLL for (int i = 0; i < V; ++i) {
     Lanes shift = _mm512_loadu_ps(head.shift + query + i * LANES);
     UNROLL for (int r = 0; r < ROWS; ++r)
@@ -425,16 +426,10 @@ void backward_of_head(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows
     }
   }
   for (int n = 0; n < length; n += LANES) {
-    alignas(64) uint32_t rows[C * LANES];
-    Rows<Float32> columns{head.dq + n, head.queries_apart, C};
-    Words r[LANES];
-    for (int c = 0; c < C; c += LANES) {
-      UNROLL for (int i = 0; i < LANES; ++i) r[i] = _mm512_loadu_si512(columns[c + i]);
-      transpose(r);
-      UNROLL for (int i = 0; i < LANES; ++i) _mm512_store_si512(rows + i * C + c, r[i]);
-    }
+    alignas(64) uint32_t rows[LANES * pitch(C)];
+    lay_out_columns<Float32>({head.dq + n, head.queries_apart, C}, LANES, C, rows);
     for (int i = 0; i < std::min(LANES, length - n); ++i)
-      write_row<K, C>(reinterpret_cast<float*>(rows + i * C), scale, dq[n + i]);
+      write_row<K, C>(reinterpret_cast<float*>(rows + i * pitch(C)), scale, dq[n + i]);
   }
 }
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..library import custom_op
 from ..native import CannotCompileError, load
+from ..precision import wide_vectors
+from .op import side_by_side
 
 CHANNELS = (32, 64, 128)
 # Values in a word of 32 bits.
@@ -45,7 +47,7 @@ def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
         return f"it takes float32 and bfloat16, not {str(dtype)[6:]}"
     if channels not in CHANNELS:
         return f"it takes heads of 32, 64 or 128 channels, not {channels}"
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if not wide_vectors():
         return "the processor, or this PyTorch on it, has no AVX-512"
     library = _library()
     if isinstance(library, str):
@@ -76,10 +78,6 @@ def _run(name: str, x_BHKC: Tensor, *arguments: object) -> None:
     assert not failed, (name, x_BHKC.shape)
 
 
-def _side_by_side(x_BHKC: Tensor) -> Tensor:
-    return x_BHKC if x_BHKC.stride(-1) == 1 else x_BHKC.contiguous()
-
-
 def _view(x_BHKC: Tensor) -> _View:
     return _View(x_BHKC.data_ptr(), *x_BHKC.stride()[:3])
 
@@ -100,7 +98,7 @@ def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Ten
 
 
 def _forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
-    q, k, v = (_side_by_side(x) for x in (q_BHKC, k_BHKC, v_BHKC))
+    q, k, v = (side_by_side(x) for x in (q_BHKC, k_BHKC, v_BHKC))
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format)
     out = out.transpose(1, 2)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -122,7 +120,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each a contiguous [B, H, K, C], from anyone's output and float32
     log-sum-exp."""
-    grad, q, k, v, out = map(_side_by_side, (grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC))
+    grad, q, k, v, out = map(side_by_side, (grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC))
     lse = lse_BHK.contiguous()
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
     if q.numel():

@@ -115,7 +115,7 @@ def _forward(
     rows, heads, _ = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     shift = q.new_empty((heads, rows), dtype=torch.float32)
-    kernel.forward(_side_by_side(q), _side_by_side(k), _side_by_side(v), starts.contiguous(),
+    kernel.forward(side_by_side(q), side_by_side(k), side_by_side(v), starts.contiguous(),
                    longest, out, shift)  # fmt: skip
     return out, shift
 
@@ -128,7 +128,7 @@ def _backward(
     from . import kernel
 
     dq, dk, dv = (torch.empty_like(out) for _ in range(3))
-    dout, q, k, v = (_side_by_side(x) for x in (dout, q, k, v))
+    dout, q, k, v = (side_by_side(x) for x in (dout, q, k, v))
     starts, pair = starts.contiguous(), shift.new_empty((*shift.shape, 2))
     # Queries first: they leave the pairs that the keys need.
     kernel.gradient_of_queries(dout, q, k, v, out, shift, starts, longest, dq, pair)
@@ -136,7 +136,7 @@ def _backward(
     return dq, dk, dv
 
 
-def _side_by_side(x_RHC: Tensor) -> Tensor:
+def side_by_side(x_RHC: Tensor) -> Tensor:
     """x, or a copy if its channels lie apart."""
     return x_RHC if x_RHC.stride(-1) == 1 else x_RHC.contiguous()
 
