@@ -248,5 +248,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def program() -> None:
+    """`main`, as a process of its own."""
+    try:
+        main()
+    except SystemExit as ended:
+        if "fastjepa.train.ranks" not in sys.modules:
+            raise
+        from fastjepa.train.ranks import leave
+
+        leave(int(ended.code or 0))
+
+
 if __name__ == "__main__":
-    main()
+    program()

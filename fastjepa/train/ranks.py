@@ -6,12 +6,15 @@ Launchers (`fastjepa train --nproc`, torchrun, deepspeed, srun) give each proces
 environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them there is one rank.
 """
 
+import atexit
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -167,6 +170,22 @@ def join(
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, its exit functions run, and Python not taken down.
+
+    A thread of gloo's may hold the tensors of the last collective still, and to let go of one it
+    waits for Python: where that is being taken down, it aborts the process, and a run that is
+    complete seems to have failed (pytorch/pytorch#179291). To destroy the groups would end these
+    threads, but DeepSpeed does not let go of its.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody listens any more
+            stream.flush()
+    os._exit(code)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from sent import Sent
 from torch import Tensor
 
 from fastjepa.train.engine_deepspeed import DeepSpeedEngine
-from fastjepa.train.ranks import Ranks, join
+from fastjepa.train.ranks import Ranks, join, leave
 from fastjepa.train.step import Jepa
 from fastjepa_kernels import ema_update
 
@@ -247,3 +247,4 @@ if __name__ == "__main__":
         findings = {name: case(ranks) for name, case in chosen.items()}
         if ranks.first:
             Path(sys.argv[1]).write_text(json.dumps(findings, indent=1))
+    leave(0)
