@@ -11,14 +11,18 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastjepa.train.ranks import LostRankError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 # A rank that was sent a signal saves its checkpoint in this time, in seconds; then it is killed.
 GRACE = 300
@@ -60,6 +64,25 @@ def _tell(code: int) -> None:
         Path(os.environ[_ENDINGS], os.environ["RANK"]).write_text(str(code), encoding="utf-8")
 
 
+def first_to_fail(failures: Mapping[int, "ProcessFailure"]) -> tuple[int, "ProcessFailure"]:
+    """The rank that the others failed by, of those that torch's launcher found ended.
+
+    It looks at them ten times a second and cannot tell which was first. One that was killed brings
+    the others to an end, and is not brought to it by them: the launcher ends what is left by
+    SIGTERM, and by SIGKILL after GRACE.
+    """
+
+    earliest = min(failure.timestamp for failure in failures.values())
+
+    def order(rank: int) -> tuple[bool, float]:
+        failure = failures[rank]
+        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        return not (killed and failure.timestamp < earliest + GRACE), failure.timestamp
+
+    rank = min(failures, key=order)
+    return rank, failures[rank]
+
+
 def _launch(arguments: Sequence[str], ranks: int, endings: Path) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -82,7 +105,7 @@ def _launch(arguments: Sequence[str], ranks: int, endings: Path) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "fastjepa.cli", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = first_to_fail(error.failures)
         if failure.exitcode > 0:
             return failure.exitcode  # and the rank has said why
         raise LostRankError(
