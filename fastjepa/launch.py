@@ -71,15 +71,15 @@ def first_to_fail(failures: Mapping[int, "ProcessFailure"]) -> tuple[int, "Proce
     the others to an end, and is not brought to it by them: the launcher ends what is left by
     SIGTERM, and by SIGKILL after GRACE.
     """
-
     earliest = min(failure.timestamp for failure in failures.values())
-
-    def order(rank: int) -> tuple[bool, float]:
-        failure = failures[rank]
-        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-        return not (killed and failure.timestamp < earliest + GRACE), failure.timestamp
-
-    rank = min(failures, key=order)
+    killed = [
+        rank
+        for rank, failure in failures.items()
+        if failure.exitcode < 0
+        and failure.exitcode != -signal.SIGTERM
+        and failure.timestamp < earliest + GRACE
+    ]
+    rank = min(killed or failures, key=lambda rank: failures[rank].timestamp)
     return rank, failures[rank]
 
 
