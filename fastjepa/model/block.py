@@ -22,8 +22,9 @@ from fastjepa.model.block_compiled import (
     compile_refusal,
     compiled_halves,
 )
-from fastjepa.model.block_cpu import attention_half, mlp_half, widened
+from fastjepa.model.block_cpu import attention_half, mlp_half
 from fastjepa.model.block_gpu import Unsummed
+from fastjepa.model.passes_cpu import widened
 from fastjepa.model.positions import packed_table, turn_tiled
 from fastjepa.model.segments import Segment, SharedRow
 from fastjepa.presets import Rope

@@ -15,13 +15,14 @@ Shapes: R packed rows, D width, B sequences, K tokens of one, H heads, C head ch
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastjepa.model import attention_cpu
 from fastjepa.model.autocast import product_dtype
+from fastjepa.model.passes_cpu import gelu, gelu_backward, layer_norm, layer_norm_backward
 from fastjepa.model.products_cpu import (
     grad_input,
     grad_weight,
@@ -34,8 +35,6 @@ from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
 if TYPE_CHECKING:
     from fastjepa.model.block import Attention, Mlp
-
-aten = torch.ops.aten
 
 
 def attention_half(
@@ -69,28 +68,6 @@ def mlp_half(x_RD: Tensor, norm: nn.LayerNorm, mlp: "Mlp", *, recompute: bool = 
         norm.eps, recompute,
     )  # type: ignore[no-untyped-call]  # fmt: skip
     return out
-
-
-def widened(parameter: Tensor, x: Tensor) -> Tensor:
-    """A norm's parameter in x's dtype where that holds more; LayerNorm takes none narrower."""
-    return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
-
-
-def _normed(x_RD: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Any:
-    """LayerNorm in x's dtype, its output in `dtype`, with mean and 1/std."""
-    weight, bias = widened(weight, x_RD), widened(bias, x_RD)
-    n, mean, rstd = aten.native_layer_norm(x_RD, x_RD.shape[-1:], weight, bias, eps)
-    return n.to(dtype), mean, rstd
-
-
-def _norm_backward(
-    dn_RD: Tensor, x_RD: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
-) -> Any:
-    dx_RD, dweight, dbias = aten.native_layer_norm_backward(
-        dn_RD.to(x_RD.dtype), x_RD, x_RD.shape[-1:], mean, rstd, widened(weight, x_RD),
-        widened(bias, x_RD), [True, True, True],
-    )  # fmt: skip
-    return dx_RD, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
 def _heads_first(parts: Sequence[Tensor], table: Tensor, backend: str) -> Tensor:
@@ -154,7 +131,7 @@ class _AttentionHalf(torch.autograd.Function):
         recompute,
     ) -> Tensor:
         dtype = product_dtype(x_RD)
-        n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
+        n_RD = layer_norm(x_RD, norm_w, norm_b, eps, dtype)
         outs, lses, kept = [], [], []
         for qkv in _queries_keys_values(
             n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=segments, shared=shared,
@@ -168,7 +145,7 @@ class _AttentionHalf(torch.autograd.Function):
         del n_RD, q, k, v, qkv
         mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
         ctx.save_for_backward(
-            x_RD, mean, rstd, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *tables, *lses, *kept
+            x_RD, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *tables, *lses, *kept
         )
         ctx.heads, ctx.segments, ctx.shared, ctx.eps = heads, segments, shared, eps
         ctx.backend = backend
@@ -177,15 +154,14 @@ class _AttentionHalf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
-        x_RD, mean, rstd, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *rest = ctx.saved_tensors
+        x_RD, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *rest = ctx.saved_tensors
         count = len(ctx.segments)
         tables, lses, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
         dtype, heads, eps = mixed_RD.dtype, ctx.heads, ctx.eps
         dy = dy_RD.to(dtype)
-        n_RD, _, _ = _normed(x_RD, norm_w, norm_b, eps, dtype)
         qkvs = kept or _queries_keys_values(
-            n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=ctx.segments,
-            shared=ctx.shared, backend=ctx.backend,
+            layer_norm(x_RD, norm_w, norm_b, eps, dtype), qkv_w, qkv_b, heads=heads, tables=tables,
+            segments=ctx.segments, shared=ctx.shared, backend=ctx.backend,
         )  # fmt: skip
         dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, -1))
         mixed_RHC = mixed_RD.unflatten(-1, (heads, -1))
@@ -207,13 +183,11 @@ class _AttentionHalf(torch.autograd.Function):
         dqkv = dqkv_R3HC.flatten(1)
         if ctx.shared:
             dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)
-        dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
-        del n_RD
         dqkv_b = dqkv.sum(0).to(qkv_w.dtype)
-        dx_RD, dnorm_w, dnorm_b = _norm_backward(
-            grad_input(dqkv, qkv_w.to(dtype)), x_RD, mean, rstd, norm_w, norm_b
+        dx_RD, n_RD, dnorm_w, dnorm_b = layer_norm_backward(
+            grad_input(dqkv, qkv_w.to(dtype)), x_RD, dy_RD, norm_w, norm_b, eps
         )
-        dx_RD += dy_RD
+        dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
         grads = dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b
         return *grads, *(None,) * 7
 
@@ -222,35 +196,36 @@ class _MlpHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps, recompute) -> Tensor:  # type: ignore[no-untyped-def]
         dtype = product_dtype(x_RD)
-        n_RD, mean, rstd = _normed(x_RD, norm_w, norm_b, eps, dtype)
+        n_RD = layer_norm(x_RD, norm_w, norm_b, eps, dtype)
         first = fc1_w.to(dtype), fc1_b.to(dtype)
         if any(ctx.needs_input_grad):
             h_RF = linear(n_RD, *first)
             kept = () if recompute else (h_RF,)
-            ctx.save_for_backward(x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept)
+            ctx.save_for_backward(x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept)
             ctx.eps, ctx.dtype = eps, dtype
-            a_RF = aten.gelu(h_RF)
+            a_RF = gelu(h_RF)
         else:
             a_RF = linear_gelu(n_RD, *first)
         return linear_add(a_RF, x_RD, fc2_w.to(dtype), fc2_b.to(dtype))
 
     @staticmethod
     def backward(ctx, dy_RD):  # type: ignore[no-untyped-def]
-        x_RD, mean, rstd, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept = ctx.saved_tensors
-        dtype = ctx.dtype
+        x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept = ctx.saved_tensors
+        dtype, eps = ctx.dtype, ctx.eps
         dy = dy_RD.to(dtype)
-        n_RD, _, _ = _normed(x_RD, norm_w, norm_b, ctx.eps, dtype)
-        h_RF = kept[0] if kept else linear(n_RD, fc1_w.to(dtype), fc1_b.to(dtype))
-        dfc2_w = grad_weight(dy, aten.gelu(h_RF)).to(fc2_w.dtype)
+        h_RF = (
+            kept[0]
+            if kept
+            else linear(
+                layer_norm(x_RD, norm_w, norm_b, eps, dtype), fc1_w.to(dtype), fc1_b.to(dtype)
+            )
+        )
+        dfc2_w = grad_weight(dy, gelu(h_RF)).to(fc2_w.dtype)
         dfc2_b = dy_RD.sum(0, dtype=fc2_w.dtype)
-        dh_RF = grad_input(dy, fc2_w.to(dtype))
-        aten.gelu_backward.grad_input(dh_RF, h_RF, grad_input=dh_RF)
+        dh_RF, dfc1_b = gelu_backward(h_RF, grad_input(dy, fc2_w.to(dtype)))
         del h_RF, kept
+        dx_RD, n_RD, dnorm_w, dnorm_b = layer_norm_backward(
+            grad_input(dh_RF, fc1_w.to(dtype)), x_RD, dy_RD, norm_w, norm_b, eps
+        )
         dfc1_w = grad_weight(dh_RF, n_RD).to(fc1_w.dtype)
-        dfc1_b = dh_RF.sum(0).to(fc1_w.dtype)
-        del n_RD
-        dn_RD = grad_input(dh_RF, fc1_w.to(dtype))
-        del dh_RF
-        dx_RD, dnorm_w, dnorm_b = _norm_backward(dn_RD, x_RD, mean, rstd, norm_w, norm_b)
-        dx_RD += dy_RD
-        return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b, dfc2_w, dfc2_b, None, None
+        return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b.to(fc1_w.dtype), dfc2_w, dfc2_b, None, None

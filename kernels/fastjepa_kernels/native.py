@@ -1,12 +1,14 @@
 """C++ of this package, compiled where it runs, at its first use, and kept for later processes.
 
-It needs a C++ compiler, as Triton needs one in C, and no header but the compiler's own. OpenMP's
-threads are those of the runtime that PyTorch has loaded: a second one would take the same cores.
+It needs a C++ compiler, as Triton needs one in C, and no header but the compiler's and ours.
+OpenMP's threads are those of the runtime that PyTorch has loaded: a second one would take the same
+cores.
 """
 
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +31,7 @@ def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     CannotCompileError without a compiler, where it fails, and where its library does not load.
     """
     command = [_compiler(), "-std=c++17", "-O3", "-fPIC", "-fopenmp", *flags]
-    key = hashlib.sha256("\0".join([*command, source.read_text()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*command, *_texts(source)]).encode()).hexdigest()[:16]
     kept = _cache() / f"{source.stem}-{key}.so"
     try:
         return ctypes.CDLL(str(kept))
@@ -44,6 +46,13 @@ def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
             raise CannotCompileError(f"what {command[0]} made does not load: {error}") from error
         _keep(made, kept)
     return library
+
+
+def _texts(source: Path) -> list[str]:
+    """What it says, and the headers beside it that it includes."""
+    text = source.read_text()
+    headers = re.findall(r'^#include "(.+)"$', text, re.MULTILINE)
+    return [text, *(part for name in headers for part in _texts(source.parent / name))]
 
 
 def _compiler() -> str:

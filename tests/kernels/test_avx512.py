@@ -203,6 +203,11 @@ def test_a_source_is_compiled_once(small: Path, monkeypatch: pytest.MonkeyPatch)
     assert native.load(small, ["-DANSWER=43"]).answer() == 43
     small.write_text(SMALL.replace("ANSWER;", "-ANSWER;"))
     assert native.load(small, ["-DANSWER=43"]).answer() == -43
+    header = small.with_suffix(".h")
+    small.write_text(f'#include "{header.name}"\n{SMALL}')
+    for answer in (44, 45):
+        header.write_text(f"#define ANSWER {answer}\n")
+        assert native.load(small, []).answer() == answer
 
 
 def test_without_a_place_for_it_a_process_compiles_for_itself(

@@ -16,8 +16,6 @@
 //
 // Shapes: C head channels; a template's K is the kind of value.
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -26,15 +24,10 @@
 #include <memory>
 #include <type_traits>
 
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#include "../lanes.h"
 
 namespace {
 
-using Lanes = __m512;
-using Words = __m512i;
-
-constexpr int LANES = 16;
 constexpr int ROWS = 6;  // with 4 vectors of sums each, what registers hold
 constexpr int NARROW = 2 * LANES, WIDE = 4 * LANES;
 constexpr int QUERIES = 96;  // most of a forward's task
@@ -476,10 +469,6 @@ int backward_of(View grad, View q, View k, View v, View out, const float* lse, V
 }  // namespace
 
 extern "C" {
-
-int takes(int values) {
-  return values == 1 || __builtin_cpu_supports("avx512bf16");
-}
 
 int forward(int values, View q, View k, View v, View out, float* lse, int batch,
             int heads, int length, int channels, int threads) {

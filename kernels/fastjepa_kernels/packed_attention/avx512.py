@@ -7,21 +7,16 @@ Shapes: B sequences, H heads, K tokens, C head channels.
 """
 
 import ctypes
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..avx512 import IN_A_WORD, Avx512
 from ..library import custom_op
-from ..native import CannotCompileError, load
-from ..precision import wide_vectors
 from .op import side_by_side
 
 CHANNELS = (32, 64, 128)
-# Values in a word of 32 bits.
-_IN_A_WORD = {torch.float32: 1, torch.bfloat16: 2}
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
 
 
 class _View(ctypes.Structure):
@@ -31,50 +26,26 @@ class _View(ctypes.Structure):
     )
 
 
-_SIZES = [ctypes.c_int] * 5
-_ARGUMENTS = {
-    "forward": [ctypes.c_int, *[_View] * 4, ctypes.c_void_p, *_SIZES],
-    "backward": [ctypes.c_int, *[_View] * 5, ctypes.c_void_p, *[_View] * 3, *_SIZES],
-}
+_SIZES = [ctypes.c_int] * 4
+_cpp = Avx512(
+    Path(__file__).with_suffix(".cpp"),
+    {
+        "forward": [ctypes.c_int, *[_View] * 4, ctypes.c_void_p, *_SIZES],
+        "backward": [ctypes.c_int, *[_View] * 5, ctypes.c_void_p, *[_View] * 3, *_SIZES],
+    },
+)
 
 
 def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
     """Why it cannot take heads of `channels` channels there; None if it can. The first call that
     gets so far compiles, which takes seconds once on a machine."""
-    if device.type != "cpu":
-        return f"it needs a CPU, not {device.type}"
-    if dtype not in _IN_A_WORD:
-        return f"it takes float32 and bfloat16, not {str(dtype)[6:]}"
     if channels not in CHANNELS:
         return f"it takes heads of 32, 64 or 128 channels, not {channels}"
-    if not wide_vectors():
-        return "the processor, or this PyTorch on it, has no AVX-512"
-    library = _library()
-    if isinstance(library, str):
-        return library
-    if not library.takes(_IN_A_WORD[dtype]):
-        return f"the processor does not multiply {str(dtype)[6:]} (AVX-512 BF16)"
-    return None
-
-
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | str:
-    """The compiled library, or why there is none."""
-    try:
-        library = load(Path(__file__).with_suffix(".cpp"), _FLAGS)
-    except CannotCompileError as error:
-        return str(error)
-    for name, arguments in _ARGUMENTS.items():
-        getattr(library, name).argtypes = arguments
-    return library
+    return _cpp.refusal(device, dtype)
 
 
 def _run(name: str, x_BHKC: Tensor, *arguments: object) -> None:
-    library = _library()
-    assert isinstance(library, ctypes.CDLL), library
-    batch, heads, length, channels = x_BHKC.shape
-    sizes = batch, heads, length, channels, torch.get_num_threads()
-    failed = getattr(library, name)(_IN_A_WORD[x_BHKC.dtype], *arguments, *sizes)
+    failed = _cpp.run(name, IN_A_WORD[x_BHKC.dtype], *arguments, *x_BHKC.shape)
     assert not failed, (name, x_BHKC.shape)
 
 

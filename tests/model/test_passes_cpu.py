@@ -1,0 +1,60 @@
+"""What lies between a block's products on a CPU: our kernels and PyTorch's give the same."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjepa.model import passes_cpu
+from fastjepa_kernels.block_passes import reference
+
+EPS = 1e-6
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-6}
+
+
+@pytest.fixture(params=["ours", "PyTorch's"], autouse=True)
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "ours":
+        refusal = passes_cpu.avx512.refusal(passes_cpu.CPU, torch.bfloat16)
+        if refusal is not None:
+            pytest.skip(refusal)
+    else:
+        monkeypatch.setattr(passes_cpu.avx512, "refusal", lambda *_: "not here")
+
+
+def rows(seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(40, 24, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def close(ours: Tensor, truth: Tensor, dtype: torch.dtype, tolerance: float) -> None:
+    assert ours.dtype == dtype
+    assert (ours - truth).norm() <= tolerance * truth.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_and_its_gradient(dtype: torch.dtype) -> None:
+    h, da = rows(0, dtype), rows(1, dtype)
+    exact, a, total = reference.gelu_backward(h.double(), da.double(), None)
+    close(passes_cpu.gelu(h), a, dtype, TOLERANCE[dtype])
+    dh, sum_ = passes_cpu.gelu_backward(h, da)
+    assert dh is da
+    close(dh, exact, dtype, TOLERANCE[dtype])
+    close(sum_, total, torch.promote_types(dtype, torch.float32), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("stream", "products"), [*zip(DTYPES, DTYPES, strict=True), (torch.float32, torch.bfloat16)]
+)
+def test_the_norm_and_its_gradient(stream: torch.dtype, products: torch.dtype) -> None:
+    x, residual, dn = rows(0, stream), rows(1, stream), rows(2, products)
+    weight, bias = rows(3, torch.float32)[:2]
+    wide = (t.double() for t in (dn, x, residual, weight, bias))
+    dx, _, n, dweight, dbias, _ = reference.layer_norm_backward(*wide, EPS)
+    tolerance = TOLERANCE[products]
+    close(passes_cpu.layer_norm(x, weight, bias, EPS, products), n, products, tolerance)
+    ours = passes_cpu.layer_norm_backward(dn, x, residual, weight, bias, EPS)
+    close(ours[0], dx, stream, tolerance)
+    close(ours[1], n, products, tolerance)
+    close(ours[2], dweight, torch.float32, max(tolerance, 1e-6))
+    close(ours[3], dbias, torch.float32, max(tolerance, 1e-6))
