@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 from fastjepa.model import attention_cpu
 from fastjepa.model.autocast import product_dtype
-from fastjepa.model.passes_cpu import gelu, gelu_backward, layer_norm, layer_norm_backward
+from fastjepa.model.passes_cpu import (
+    gelu,
+    gelu_backward,
+    heads_first,
+    heads_last,
+    layer_norm,
+    layer_norm_backward,
+)
 from fastjepa.model.products_cpu import (
     grad_input,
     grad_weight,
@@ -31,7 +38,6 @@ from fastjepa.model.products_cpu import (
     linear_gelu,
 )
 from fastjepa.model.segments import Segment, SharedRow
-from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
 if TYPE_CHECKING:
     from fastjepa.model.block import Attention, Mlp
@@ -81,11 +87,8 @@ def _heads_first(parts: Sequence[Tensor], table: Tensor, backend: str) -> Tensor
     length = sum(sizes)
     dtype = attention_cpu.attention_dtype(parts[0].dtype, channels, backend)
     out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=parts[0].device)
-    factor = as_factor(table)[:, None]
-    for part, to, turn in zip(parts, out.split(sizes, 3), factor.split(sizes, 2), strict=True):
-        laid_out = part.permute(2, 0, 3, 1, 4)
-        rotate_into(laid_out[:2], turn, to[:2])
-        to[2].copy_(laid_out[2])
+    for part, to, turn in zip(parts, out.split(sizes, 3), table.split(sizes, 1), strict=True):
+        heads_first(part, turn, to)
     return out
 
 
@@ -166,30 +169,26 @@ class _AttentionHalf(torch.autograd.Function):
         dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, -1))
         mixed_RHC = mixed_RD.unflatten(-1, (heads, -1))
         dqkv_R3HC = torch.empty((len(dy), 3, *mixed_RHC.shape[1:]), dtype=dtype)
+        sums = []
         for segment, table, qkv, lse in zip(ctx.segments, tables, qkvs, lses, strict=True):
             q, k, v = qkv
             dmixed, mixed = (
                 segment.rows(t).transpose(1, 2).to(q.dtype) for t in (dmixed_RHC, mixed_RHC)
             )
-            dq, dk, dv = attention_cpu.backward(dmixed, q, k, v, mixed, lse, ctx.backend)
-            back = as_factor(table, inverse=True)[:, None]
-            dqkv = segment.rows(dqkv_R3HC)
-            rotate_into(dq, back, dqkv[:, :, 0].transpose(1, 2))
-            rotate_into(dk, back, dqkv[:, :, 1].transpose(1, 2))
-            dqkv[:, :, 2].copy_(dv.transpose(1, 2))
+            grads = attention_cpu.backward(dmixed, q, k, v, mixed, lse, ctx.backend)
+            sums.append(heads_last(grads, table, segment.rows(dqkv_R3HC)))
         dproj_w = grad_weight(dy, mixed_RD).to(proj_w.dtype)
         dproj_b = dy_RD.sum(0, dtype=proj_w.dtype)
-        del dmixed_RHC, dq, dk, dv, q, k, v, qkv, qkvs
+        dqkv_b = torch.stack(sums).sum(0).to(qkv_w.dtype)
+        del dmixed_RHC, grads, q, k, v, qkv, qkvs
         dqkv = dqkv_R3HC.flatten(1)
         if ctx.shared:
             dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)
-        dqkv_b = dqkv.sum(0).to(qkv_w.dtype)
         dx_RD, n_RD, dnorm_w, dnorm_b = layer_norm_backward(
             grad_input(dqkv, qkv_w.to(dtype)), x_RD, dy_RD, norm_w, norm_b, eps
         )
         dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
-        grads = dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b
-        return *grads, *(None,) * 7
+        return dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b, *(None,) * 7
 
 
 class _MlpHalf(torch.autograd.Function):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .native import CannotCompileError, load
 from .precision import wide_vectors
@@ -18,6 +19,20 @@ from .precision import wide_vectors
 # How many values of a dtype fill a word of 32 bits: which of the two the C++ is to take.
 IN_A_WORD = {torch.float32: 1, torch.bfloat16: 2}
 _FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
+
+
+class View(ctypes.Structure):
+    """Where a tensor's heads lie, as lanes.h has it."""
+
+    _fields_ = (
+        ("at", ctypes.c_void_p),
+        *((axis, ctypes.c_int64) for axis in ("batch", "head", "token")),
+    )
+
+    @classmethod
+    def of(cls, x_BHKC: Tensor) -> "View":
+        """x: channels side by side."""
+        return cls(x_BHKC.data_ptr(), *x_BHKC.stride()[:3])
 
 
 class Avx512:

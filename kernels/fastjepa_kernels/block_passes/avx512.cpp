@@ -1,4 +1,5 @@
-// What lies between a block's products on an x86 CPU with AVX-512: each one pass over its rows.
+// What lies between a block's products and around its attention on an x86 CPU with AVX-512: each
+// one pass over its rows.
 //
 // Rows are float32 or (AVX-512 BF16) bfloat16, of any width, all computed in float32 in registers.
 // Threads are OpenMP's, of the runtime that PyTorch has loaded. Sums over rows are those of blocks
@@ -239,6 +240,51 @@ void norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_
   sums.write(sum_2D, threads);
 }
 
+// Calls `run` with the number of a token's q, k or v and where it starts among a row's 3 H C values.
+template <class Run>
+INLINE void over_parts(int64_t heads, int64_t channels, Run run) {
+  for (int part = 0; part < 3; ++part)
+    for (int64_t h = 0; h < heads; ++h) run(part, h, (part * heads + h) * channels);
+}
+
+template <class K>
+void turn_of(const View* from, const float* table, int64_t table_batch, int64_t table_token,
+             bool back, const View* to, float* sum_3HC, int64_t batch, int64_t heads,
+             int64_t length, int64_t channels, int threads) {
+  using Value = typename K::Value;
+  // Of a pair the first takes less of the second, or on the way back the second less of the first.
+  Lanes signs = _mm512_castsi512_ps(_mm512_set1_epi64(back ? INT64_MIN : int64_t(1) << 31));
+  auto turn = [&](int64_t row, auto add) {
+    int64_t b = row / length, token = row % length;
+    const float* factors = table + b * table_batch + token * table_token;
+    over_parts(heads, channels, [&](int part, int64_t h, int64_t start) {
+      const Value* x = from[part].of<Value>(b, h, token);
+      Value* y = to[part].of<Value>(b, h, token);
+      over(channels, [&](int64_t i, Mask mask) {
+        Lanes value = K::load(x + i, mask);
+        if (part < 2) {
+          Lanes factor = Float32::load(factors + i, mask);
+          Lanes across = _mm512_mul_ps(_mm512_permute_ps(value, 0xb1), _mm512_movehdup_ps(factor));
+          value = _mm512_fmadd_ps(value, _mm512_moveldup_ps(factor), _mm512_xor_ps(across, signs));
+        }
+        K::store(y + i, mask, value);
+        add(start + i, mask, value);
+      });
+    });
+  };
+  int64_t rows = batch * length;
+  if (sum_3HC) {
+    Sums sums(rows, 3 * heads * channels);
+    sums.over_rows(threads, [&](int64_t row, float* sum) {
+      turn(row, [&](int64_t i, Mask mask, Lanes value) { add_to(sum + i, mask, value); });
+    });
+    sums.write(sum_3HC, threads);
+    return;
+  }
+#pragma omp parallel for num_threads(threads)
+  for (int64_t row = 0; row < rows; ++row) turn(row, [](int64_t, Mask, Lanes) {});
+}
+
 }  // namespace
 
 extern "C" {
@@ -274,6 +320,17 @@ void norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_
                               : norm_backward_of<Bfloat16, Bfloat16>;
   (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD, n_RD,
                                   sum_2D, rows, width, threads);
+}
+
+// Lays q, k and v out as `to` has it, channel pairs of the first two turned by their token's cosine
+// and sine, or `back`. sum_3HC: of what is written over all tokens, if asked for.
+void turn(int values, View q, View k, View v, const float* table, int64_t table_batch,
+          int64_t table_token, int back, View to_q, View to_k, View to_v, float* sum_3HC,
+          int64_t batch, int64_t heads, int64_t length, int64_t channels, int threads) {
+  const View from[] = {q, k, v}, to[] = {to_q, to_k, to_v};
+  auto run = values == 1 ? turn_of<Float32> : turn_of<Bfloat16>;
+  run(from, table, table_batch, table_token, back, to, sum_3HC, batch, heads, length, channels,
+      threads);
 }
 
 }

@@ -102,15 +102,10 @@ struct Rows {
   }
 };
 
-struct View {
-  void* at;
-  int64_t batch, head, token;
-
-  template <class K>
-  Rows<K> of(int64_t b, int64_t h, int length) const {
-    return {static_cast<typename K::Value*>(at) + b * batch + h * head, token, length};
-  }
-};
+template <class K>
+Rows<K> rows_of(const View& view, int64_t b, int64_t h, int length) {
+  return {view.of<typename K::Value>(b, h), view.token, length};
+}
 
 void transpose(Words r[LANES]) {
   Words t[LANES];
@@ -264,17 +259,17 @@ void forward(View q, View k, View v, View out, float* lse, int batch, int heads,
 #pragma omp for
     for (int64_t i = 0; i < all; ++i) {
       int64_t b = i / heads, h = i % heads;
-      lay_out_columns<K>(k.of<K>(b, h, length), C / K::IN_A_WORD, keys, room.get() + 2 * i * words);
-      lay_out_along<K, C>(v.of<K>(b, h, length), keys, room.get() + (2 * i + 1) * words);
+      lay_out_columns<K>(rows_of<K>(k, b, h, length), C / K::IN_A_WORD, keys, room.get() + 2 * i * words);
+      lay_out_along<K, C>(rows_of<K>(v, b, h, length), keys, room.get() + (2 * i + 1) * words);
     }
 #pragma omp for collapse(2)
     for (int64_t i = 0; i < all; ++i)
       for (int cut = 0; cut < cuts; ++cut) {
         int64_t b = i / heads, h = i % heads;
         int low = cut * queries, high = std::min(low + queries, length);
-        attend<K, C>(q.of<K>(b, h, length), low, high, room.get() + 2 * i * words,
+        attend<K, C>(rows_of<K>(q, b, h, length), low, high, room.get() + 2 * i * words,
                      room.get() + (2 * i + 1) * words, keys, bias.get(), scale,
-                     out.of<K>(b, h, length), lse + i * length);
+                     rows_of<K>(out, b, h, length), lse + i * length);
       }
   }
 }
@@ -434,7 +429,7 @@ void backward(View grad, View q, View k, View v, View out, const float* lse, Vie
     std::unique_ptr<Head<K, C>> head(new Head<K, C>(length));
 #pragma omp for
     for (int64_t i = 0; i < int64_t(batch) * heads; ++i) {
-      auto of = [&](const View& view) { return view.of<K>(i / heads, i % heads, length); };
+      auto of = [&](const View& view) { return rows_of<K>(view, i / heads, i % heads, length); };
       backward_of_head<K, C>(*head, of(grad), of(q), of(k), of(v), of(out), lse + i * length,
                              of(dq), of(dk), of(dv));
     }

@@ -12,26 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..avx512 import IN_A_WORD, Avx512
+from ..avx512 import IN_A_WORD, Avx512, View
 from ..library import custom_op
 from .op import side_by_side
 
 CHANNELS = (32, 64, 128)
 
 
-class _View(ctypes.Structure):
-    _fields_ = (
-        ("at", ctypes.c_void_p),
-        *((axis, ctypes.c_int64) for axis in ("batch", "head", "token")),
-    )
-
-
 _SIZES = [ctypes.c_int] * 4
 _cpp = Avx512(
     Path(__file__).with_suffix(".cpp"),
     {
-        "forward": [ctypes.c_int, *[_View] * 4, ctypes.c_void_p, *_SIZES],
-        "backward": [ctypes.c_int, *[_View] * 5, ctypes.c_void_p, *[_View] * 3, *_SIZES],
+        "forward": [ctypes.c_int, *[View] * 4, ctypes.c_void_p, *_SIZES],
+        "backward": [ctypes.c_int, *[View] * 5, ctypes.c_void_p, *[View] * 3, *_SIZES],
     },
 )
 
@@ -47,10 +40,6 @@ def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
 def _run(name: str, x_BHKC: Tensor, *arguments: object) -> None:
     failed = _cpp.run(name, IN_A_WORD[x_BHKC.dtype], *arguments, *x_BHKC.shape)
     assert not failed, (name, x_BHKC.shape)
-
-
-def _view(x_BHKC: Tensor) -> _View:
-    return _View(x_BHKC.data_ptr(), *x_BHKC.stride()[:3])
 
 
 def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +63,7 @@ def _forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Te
     out = out.transpose(1, 2)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
-        _run("forward", q, *map(_view, (q, k, v, out)), lse.data_ptr())
+        _run("forward", q, *map(View.of, (q, k, v, out)), lse.data_ptr())
     return out, lse
 
 
@@ -96,7 +85,7 @@ def backward(
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
     if q.numel():
         _run(
-            "backward", q, *map(_view, (grad, q, k, v, out)), lse.data_ptr(),
-            *map(_view, (dq, dk, dv)),
+            "backward", q, *map(View.of, (grad, q, k, v, out)), lse.data_ptr(),
+            *map(View.of, (dq, dk, dv)),
         )  # fmt: skip
     return dq, dk, dv
