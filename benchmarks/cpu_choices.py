@@ -1,5 +1,5 @@
-"""The choices behind products_cpu.py and attention_cpu.py, measured: each alternative in turn,
-medians; and the error that bfloat16 costs.
+"""The choices behind products_cpu.py, attention_cpu.py and passes_cpu.py, measured: each
+alternative in turn, medians; and the error that bfloat16 costs.
 
     python benchmarks/cpu_choices.py --threads 2 --json out.json
 
@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastjepa.model import attention_cpu
+from fastjepa.model import attention_cpu, passes_cpu
+from fastjepa_kernels.block_passes import avx512
 from fastjepa_kernels.precision import multiplies_bfloat16
 
 PRODUCTS = ((4096, 384, 1536), (4096, 1536, 384), (1120, 384, 1536), (448, 192, 768))
+ROWS = ((2048, 384), (448, 192))
 SEQUENCES = (
     (1, 12, 2048, 32), (1, 12, 1024, 32), (1, 6, 608, 64), (4, 12, 236, 32), (4, 12, 100, 32),
 )  # fmt: skip
@@ -86,6 +88,51 @@ def attention(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float
     return in_turn(calls, repeats)
 
 
+def _gelu_backward(h_RF: Tensor, da_RF: Tensor) -> object:
+    return passes_cpu.gelu_backward(h_RF, da_RF.clone())
+
+
+def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
+    """GELU of a hidden layer four times as wide, LayerNorm of a float32 stream, their gradients,
+    and rotation there and back, by PyTorch's operations and the way we choose. GELU's gradient,
+    which overwrites one, comes with a copy of it."""
+    able = avx512.refusal
+
+    def by(chosen: bool, call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            avx512.refusal = able if chosen else lambda *_: "PyTorch's turn"
+            call()
+            avx512.refusal = able
+
+        return run
+
+    x, residual, weight, bias = (torch.randn(rows, width) for _ in range(4))
+    angle = torch.randn(1, rows, 16)
+    table = torch.stack([angle.cos(), angle.sin()], -1)
+    calls: dict[str, Callable[[], object]] = {}
+    narrow = [torch.bfloat16] if multiplies_bfloat16() else []
+    for dtype in (torch.float32, *narrow):
+        h, da = (torch.randn(rows, 4 * width, dtype=dtype) for _ in range(2))
+        dn = torch.randn(rows, width, dtype=dtype)
+        packed = torch.randn(1, rows, 3, width // 32, 32, dtype=dtype)
+        heads = torch.empty(3, 1, width // 32, rows, 32, dtype=dtype)
+        kinds: dict[str, Callable[[], object]] = {
+            "GELU": partial(passes_cpu.gelu, h),
+            "GELU's gradient": partial(_gelu_backward, h, da),
+            "norm": partial(passes_cpu.layer_norm, x, weight[0], bias[0], 1e-6, dtype),
+            "norm's gradient": partial(
+                passes_cpu.layer_norm_backward, dn, x, residual, weight[0], bias[0], 1e-6
+            ),
+            "rotation": partial(passes_cpu.heads_first, packed, table, heads),
+            "rotation back": partial(passes_cpu.heads_last, heads.unbind(), table, packed),
+        }
+        name = str(dtype).removeprefix("torch.")
+        for kind, call in kinds.items():
+            calls[f"{kind}, PyTorch, {name}"] = by(False, call)
+            calls[f"{kind}, ours, {name}"] = by(True, call)
+    return in_turn(calls, repeats)
+
+
 def bfloat16_errors(deviation: float, channels: int) -> dict[str, float]:
     """Relative error of attention in bfloat16 against float64 from unrounded q, k and v, for
     scores of a standard deviation: the output and the mean of the three gradients."""
@@ -130,6 +177,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found = {f"product {size}": products(*size, args.repeats) for size in PRODUCTS}
     found |= {f"attention {shape}": attention(shape, args.repeats) for shape in SEQUENCES}
+    found |= {f"passes {size}": passes(*size, args.repeats) for size in ROWS}
     for title, times in found.items():
         print(title)
         for name, milliseconds in times.items():

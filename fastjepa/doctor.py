@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,8 @@ from fastjepa.model.attention_backends import ALL
 from fastjepa.model.block_compiled import compile_refusal
 from fastjepa.observe.processes import usable_cores
 from fastjepa_kernels.backend import choose
-from fastjepa_kernels.packed_attention import avx512
+from fastjepa_kernels.block_passes import avx512 as block_passes
+from fastjepa_kernels.packed_attention import avx512 as packed_attention
 from fastjepa_kernels.precision import wide_vectors
 
 OLDEST_TORCH = (2, 11)
@@ -294,9 +295,14 @@ def _backends(dali: bool) -> Iterator[Finding]:
         device = "the CUDA device, because one is seen (engine.device: auto)"
         attention = _attention(torch.device("cuda"))
         products = "cuBLAS, because the device is CUDA"
+        choice = choose("auto", torch.device("cuda"))
+        whose = "our Triton kernels" if choice.name == "triton" else "PyTorch's operations"
+        passes = f"{whose}, because {choice.reason}"
     else:
         device = "the CPU, because no CUDA device is seen (engine.device: auto)"
-        attention = _attention_on_a_cpu()
+        cpu = torch.device("cpu")
+        attention = _on_a_cpu(partial(packed_attention.refusal, cpu, channels=64), "flash kernel")
+        passes = _on_a_cpu(partial(block_passes.refusal, cpu), "operations")
         onednn = torch.backends.mkldnn.is_available()
         products = (
             "oneDNN, and MKL for the weights' gradients, because this torch has oneDNN"
@@ -309,6 +315,7 @@ def _backends(dali: bool) -> Iterator[Finding]:
         "device": device,
         "attention": attention,
         "matrix products": products,
+        "passes between them": passes,
         "decoder": _decoder(torch.device("cuda" if cuda else "cpu"), dali),
         "compiled blocks": _compiled(torch.device("cuda" if cuda else "cpu")),
         "engine": "torch in one process, because engine.kind is so by default; deepspeed: many",
@@ -340,17 +347,14 @@ def _compiled(device: torch.device) -> str:
     return f"none, because engine.compile is null by default; {able}"
 
 
-def _attention_on_a_cpu() -> str:
-    """What `model.attention: auto` is for heads of 64 channels, in a block by hand."""
-    refusals = {
-        str(dtype)[6:]: avx512.refusal(torch.device("cpu"), dtype, 64)
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+def _on_a_cpu(refuses: Callable[[torch.dtype], str | None], other: str) -> str:
+    """Whose kernels run in a block by hand, by dtype: ours for AVX-512, or PyTorch's `other`."""
+    refusals = {str(dtype)[6:]: refuses(dtype) for dtype in (torch.float32, torch.bfloat16)}
     ours = [name for name, refusal in refusals.items() if refusal is None]
     why = "; ".join(dict.fromkeys(refusal for refusal in refusals.values() if refusal))
     if not ours:
-        return f"PyTorch's flash kernel for CPUs, in float32, because {why}"
-    rest = f"; PyTorch's flash kernel in float32 for bfloat16, because {why}" if why else ""
+        return f"PyTorch's {other} for CPUs, because {why}"
+    rest = f"; PyTorch's {other} for bfloat16, because {why}" if why else ""
     return f"our own kernels (avx512) in {' and '.join(ours)}, because the CPU has AVX-512{rest}"
 
 

@@ -41,7 +41,8 @@ def test_every_backend_is_given_with_its_reason(findings: list[Finding]) -> None
     assert ops == set(fastjepa_kernels.__all__) & ops
     assert ops >= {"dense_l1", "linear_dense_l1", "mask_distance", "rope3d", "ema_update"}
     assert backends.keys() - {f"op {op}" for op in ops} == {
-        "device", "attention", "matrix products", "decoder", "compiled blocks", "engine"
+        "device", "attention", "matrix products", "passes between them", "decoder",
+        "compiled blocks", "engine",
     }  # fmt: skip
     kernel = "Triton" if torch.cuda.is_available() else "PyTorch twin"
     assert kernel in backends["op linear_dense_l1"]
@@ -50,6 +51,7 @@ def test_every_backend_is_given_with_its_reason(findings: list[Finding]) -> None
     able = avx512.refusal(torch.device("cpu"), torch.float32, 64) is None
     if not torch.cuda.is_available():
         assert ("avx512" if able else "PyTorch's flash kernel") in backends["attention"]
+        assert ("avx512" if able else "PyTorch's operations") in backends["passes between them"]
 
 
 def test_every_self_test_was_run(findings: list[Finding]) -> None:

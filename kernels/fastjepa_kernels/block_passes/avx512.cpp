@@ -16,7 +16,7 @@ namespace {
 
 using Mask = __mmask16;
 
-constexpr int BLOCK = 16;  // rows whose sums are added up by themselves
+constexpr int BLOCK = 32;  // rows whose sums are added up by themselves
 
 struct Float32 {
   using Value = float;
@@ -105,24 +105,28 @@ INLINE void add_to(float* sums, Mask mask, Lanes x) {
   Float32::store(sums, mask, _mm512_add_ps(Float32::load(sums, mask), x));
 }
 
+// Calls `run` for every block of rows: its number, its first row and the row behind its last.
+template <class Run>
+void over_blocks(int64_t rows, int threads, Run run) {
+  int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t block = 0; block < blocks; ++block)
+    run(block, block * BLOCK, std::min(rows, (block + 1) * BLOCK));
+}
+
 // Sums over rows, `width` of them, from those of blocks of rows.
 class Sums {
-  int64_t rows, width, blocks = (rows + BLOCK - 1) / BLOCK;
-  std::unique_ptr<float[]> parts{new float[blocks * width]};
+  int64_t width, blocks;
+  std::unique_ptr<float[]> parts;
 
  public:
-  Sums(int64_t rows, int64_t width) : rows(rows), width(width) {}
+  Sums(int64_t rows, int64_t width)
+      : width(width), blocks((rows + BLOCK - 1) / BLOCK), parts(new float[blocks * width]) {}
 
-  // Calls `run` for every row with the sums of its block.
-  template <class Run>
-  void over_rows(int threads, Run run) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t block = 0; block < blocks; ++block) {
-      float* part = parts.get() + block * width;
-      std::fill(part, part + width, 0.0f);
-      int64_t end = std::min(rows, (block + 1) * BLOCK);
-      for (int64_t row = block * BLOCK; row < end; ++row) run(row, part);
-    }
+  float* of(int64_t block) {
+    float* part = parts.get() + block * width;
+    std::fill(part, part + width, 0.0f);
+    return part;
   }
   void write(float* sums, int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -154,13 +158,15 @@ void gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows,
   auto h = static_cast<const typename K::Value*>(h_RF);
   auto da = static_cast<typename K::Value*>(da_RF);
   Sums sums(rows, width);
-  sums.over_rows(threads, [&](int64_t row, float* sum) {
-    over(width, [&](int64_t i, Mask mask) {
-      int64_t at = row * width + i;
-      Lanes dh = _mm512_mul_ps(K::load(da + at, mask), slope(K::load(h + at, mask)));
-      K::store(da + at, mask, dh);
-      add_to(sum + i, mask, dh);
-    });
+  over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
+    float* sum = sums.of(block);
+    for (int64_t start = low * width; start < high * width; start += width)
+      over(width, [&](int64_t i, Mask mask) {
+        int64_t at = start + i;
+        Lanes dh = _mm512_mul_ps(K::load(da + at, mask), slope(K::load(h + at, mask)));
+        K::store(da + at, mask, dh);
+        add_to(sum + i, mask, dh);
+      });
   });
   sums.write(sum_F, threads);
 }
@@ -214,37 +220,39 @@ void norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_
   auto dn = static_cast<const typename N::Value*>(dn_RD);
   auto n = static_cast<typename N::Value*>(n_RD);
   Sums sums(rows, 2 * width);
-  sums.over_rows(threads, [&](int64_t row, float* sum) {
-    int64_t start = row * width;
-    Unit<X> unit(x + start, width, eps);
-    Lanes all = _mm512_setzero_ps(), along = all;
-    over(width, [&](int64_t i, Mask mask) {
-      Lanes u = unit(i, mask), d = N::load(dn + start + i, mask);
-      Lanes weight = Float32::load(weight_D + i, mask), scaled = _mm512_mul_ps(d, weight);
-      all = _mm512_add_ps(all, scaled);
-      along = _mm512_fmadd_ps(scaled, u, along);
-      add_to(sum + i, mask, _mm512_mul_ps(d, u));
-      add_to(sum + width + i, mask, d);
-      Lanes bias = Float32::load(bias_D + i, mask);
-      N::store(n + start + i, mask, _mm512_fmadd_ps(u, weight, bias));
-    });
-    Lanes mean = _mm512_set1_ps(_mm512_reduce_add_ps(all) / float(width));
-    Lanes share = _mm512_set1_ps(_mm512_reduce_add_ps(along) / float(width));
-    over(width, [&](int64_t i, Mask mask) {
-      Lanes d = N::load(dn + start + i, mask), weight = Float32::load(weight_D + i, mask);
-      Lanes rest = _mm512_fnmadd_ps(unit(i, mask), share, _mm512_fmsub_ps(d, weight, mean));
-      Lanes beside = X::load(residual + start + i, mask);
-      X::store(dx + start + i, mask, _mm512_add_ps(unit.over_deviation(rest), beside));
-    });
+  over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
+    float* sum = sums.of(block);
+    for (int64_t start = low * width; start < high * width; start += width) {
+      Unit<X> unit(x + start, width, eps);
+      Lanes all = _mm512_setzero_ps(), along = all;
+      over(width, [&](int64_t i, Mask mask) {
+        Lanes u = unit(i, mask), d = N::load(dn + start + i, mask);
+        Lanes weight = Float32::load(weight_D + i, mask), scaled = _mm512_mul_ps(d, weight);
+        all = _mm512_add_ps(all, scaled);
+        along = _mm512_fmadd_ps(scaled, u, along);
+        add_to(sum + i, mask, _mm512_mul_ps(d, u));
+        add_to(sum + width + i, mask, d);
+        Lanes bias = Float32::load(bias_D + i, mask);
+        N::store(n + start + i, mask, _mm512_fmadd_ps(u, weight, bias));
+      });
+      Lanes mean = _mm512_set1_ps(_mm512_reduce_add_ps(all) / float(width));
+      Lanes share = _mm512_set1_ps(_mm512_reduce_add_ps(along) / float(width));
+      over(width, [&](int64_t i, Mask mask) {
+        Lanes d = N::load(dn + start + i, mask), weight = Float32::load(weight_D + i, mask);
+        Lanes rest = _mm512_fnmadd_ps(unit(i, mask), share, _mm512_fmsub_ps(d, weight, mean));
+        Lanes beside = X::load(residual + start + i, mask);
+        X::store(dx + start + i, mask, _mm512_add_ps(unit.over_deviation(rest), beside));
+      });
+    }
   });
   sums.write(sum_2D, threads);
 }
 
-// Calls `run` with the number of a token's q, k or v and where it starts among a row's 3 H C values.
-template <class Run>
-INLINE void over_parts(int64_t heads, int64_t channels, Run run) {
-  for (int part = 0; part < 3; ++part)
-    for (int64_t h = 0; h < heads; ++h) run(part, h, (part * heads + h) * channels);
+// Pairs turned by their cosine and sine. signs: set where the neighbour's share is taken away, which
+// is for the first of a pair, or on the way back for the second.
+INLINE Lanes turned(Lanes pairs, Lanes factors, Lanes signs) {
+  Lanes other = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xb1), _mm512_movehdup_ps(factors));
+  return _mm512_fmadd_ps(pairs, _mm512_moveldup_ps(factors), _mm512_xor_ps(other, signs));
 }
 
 template <class K>
@@ -252,37 +260,31 @@ void turn_of(const View* from, const float* table, int64_t table_batch, int64_t 
              bool back, const View* to, float* sum_3HC, int64_t batch, int64_t heads,
              int64_t length, int64_t channels, int threads) {
   using Value = typename K::Value;
-  // Of a pair the first takes less of the second, or on the way back the second less of the first.
   Lanes signs = _mm512_castsi512_ps(_mm512_set1_epi64(back ? INT64_MIN : int64_t(1) << 31));
-  auto turn = [&](int64_t row, auto add) {
-    int64_t b = row / length, token = row % length;
-    const float* factors = table + b * table_batch + token * table_token;
-    over_parts(heads, channels, [&](int part, int64_t h, int64_t start) {
-      const Value* x = from[part].of<Value>(b, h, token);
-      Value* y = to[part].of<Value>(b, h, token);
-      over(channels, [&](int64_t i, Mask mask) {
-        Lanes value = K::load(x + i, mask);
-        if (part < 2) {
-          Lanes factor = Float32::load(factors + i, mask);
-          Lanes across = _mm512_mul_ps(_mm512_permute_ps(value, 0xb1), _mm512_movehdup_ps(factor));
-          value = _mm512_fmadd_ps(value, _mm512_moveldup_ps(factor), _mm512_xor_ps(across, signs));
-        }
-        K::store(y + i, mask, value);
-        add(start + i, mask, value);
-      });
-    });
-  };
   int64_t rows = batch * length;
-  if (sum_3HC) {
-    Sums sums(rows, 3 * heads * channels);
-    sums.over_rows(threads, [&](int64_t row, float* sum) {
-      turn(row, [&](int64_t i, Mask mask, Lanes value) { add_to(sum + i, mask, value); });
-    });
-    sums.write(sum_3HC, threads);
-    return;
-  }
-#pragma omp parallel for num_threads(threads)
-  for (int64_t row = 0; row < rows; ++row) turn(row, [](int64_t, Mask, Lanes) {});
+  Sums sums(sum_3HC ? rows : 0, 3 * heads * channels);
+  over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
+    float* sums_of_block = sum_3HC ? sums.of(block) : nullptr;
+    for (int64_t row = low; row < high; ++row) {
+      int64_t b = row / length, token = row % length;
+      const float* factors = table + b * table_batch + token * table_token;
+      float* sum = sums_of_block;
+      for (int part = 0; part < 3; ++part) {
+        auto x = from[part].of<Value>(b, 0, token);
+        auto y = to[part].of<Value>(b, 0, token);
+        for (int64_t h = 0; h < heads; ++h, x += from[part].head, y += to[part].head) {
+          over(channels, [&](int64_t i, Mask mask) {
+            Lanes value = K::load(x + i, mask);
+            if (part < 2) value = turned(value, Float32::load(factors + i, mask), signs);
+            K::store(y + i, mask, value);
+            if (sum) add_to(sum + i, mask, value);
+          });
+          if (sum) sum += channels;
+        }
+      }
+    }
+  });
+  if (sum_3HC) sums.write(sum_3HC, threads);
 }
 
 }  // namespace
