@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fastjepa_kernels.block_passes import avx512
-from fastjepa_kernels.precision import wide
 from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
 CPU = torch.device("cpu")
@@ -39,11 +38,11 @@ def gelu(h_RF: Tensor) -> Tensor:
 
 def gelu_backward(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor]:
     """For `a = gelu(h)`: h's gradient [R, F], which overwrites `da`, a contiguous tensor of h's
-    dtype, and its sum over rows [F], float32 at least."""
+    dtype, and its sum over rows [F], in that dtype or a wider one."""
     if _ours(h_RF.dtype):
         return avx512.gelu_backward(h_RF, da_RF)
     _aten.gelu_backward.grad_input(da_RF, h_RF, grad_input=da_RF)
-    return da_RF, da_RF.sum(0, dtype=wide(da_RF.dtype))
+    return da_RF, da_RF.sum(0)
 
 
 def layer_norm(
@@ -96,7 +95,7 @@ def heads_first(qkv_BK3HC: Tensor, table_BKC2: Tensor, out_3BHKC: Tensor) -> Non
 
 def heads_last(dqkv_BHKC: Sequence[Tensor], table_BKC2: Tensor, out_BK3HC: Tensor) -> Tensor:
     """The gradient of a packed qkv from those of rotated q, rotated k and v, and its sum over rows
-    [3 H C], float32 at least."""
+    [3 H C], in that dtype or a wider one."""
     if dqkv_BHKC[0].dtype == out_BK3HC.dtype and _ours(out_BK3HC.dtype):
         to = out_BK3HC.permute(2, 0, 3, 1, 4).unbind()
         sums = avx512.turn(dqkv_BHKC, table_BKC2, to, back=True, sums=True)
@@ -107,4 +106,4 @@ def heads_last(dqkv_BHKC: Sequence[Tensor], table_BKC2: Tensor, out_BK3HC: Tenso
     rotate_into(dq, back, out_BK3HC[:, :, 0].transpose(1, 2))
     rotate_into(dk, back, out_BK3HC[:, :, 1].transpose(1, 2))
     out_BK3HC[:, :, 2].copy_(dv.transpose(1, 2))
-    return out_BK3HC.flatten(2).sum((0, 1), dtype=wide(out_BK3HC.dtype))
+    return out_BK3HC.flatten(2).flatten(0, 1).sum(0)
