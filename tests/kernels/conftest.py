@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from fastjepa_kernels.backend import interpreted
+from fastjepa_kernels.block_passes import avx512
+from fastjepa_kernels.dense_l1 import op
 
 Function = Callable[..., Any]
 
@@ -69,6 +71,21 @@ def _halves_are_rounded() -> Iterator[None]:
 @pytest.fixture(scope="package", params=["triton", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["triton", "reference", "avx512"])
+def loss_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The losses have C++ for a CPU with AVX-512, too, which `auto` takes where nothing asks for
+    Triton's interpreter."""
+    if request.param != "avx512":
+        yield str(request.param)
+        return
+    refusal = avx512.refusal(torch.device("cpu"), torch.float32, torch.bfloat16)
+    if torch.cuda.is_available() or refusal is not None:
+        pytest.skip(refusal or "kernels run on the GPU here")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op, "use_triton", lambda *_: False)
+        yield "auto"
 
 
 @pytest.fixture(scope="package", params=["eager", "compiled"])

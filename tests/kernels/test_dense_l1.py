@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastjepa_kernels import dense_l1
-from fastjepa_kernels.dense_l1 import reference
+from fastjepa_kernels.block_passes import avx512 as block_passes
+from fastjepa_kernels.dense_l1 import avx512, op, reference, twin
+from fastjepa_kernels.dense_l1.comparison import checked
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def backend(loss_backend: str) -> str:
+    return loss_backend
+
+
+_HOW = ("exponent", "smooth", "normalize_target", "normalize_prediction")
 
 
 @dataclass
@@ -116,6 +126,31 @@ def test_it_is_at_most_twice_as_far_off_as_the_formula(
         error, error_of_formula = ((value - true).norm() for value in (found, formula))
         floor = roundings * torch.finfo(dtype).eps * true.norm()
         assert error <= 2 * error_of_formula + floor
+
+
+def test_a_cpu_with_avx512_compares_by_its_own_kernel_what_that_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen(backend: str = "auto", prediction: torch.dtype = FLOAT, **options: Any) -> object:
+        case = make(**options)
+        z, targets = case.z_RE.to(prediction), [t.bfloat16() for t in case.targets]
+        rest = checked(
+            z, z.shape[1], targets, case.row_R, case.sizes, None, None, None, eps=1e-5,
+            **{key: case.options[key] for key in _HOW},
+        )  # fmt: skip
+        return op.implementation(backend, z, rest)
+
+    monkeypatch.setattr(op, "use_triton", lambda *_: False)
+    able = block_passes.refusal(torch.device("cpu"), BRAIN) is None
+    ours = avx512 if able else twin
+    assert chosen() is ours
+    assert chosen(normalize_target=False) is ours
+    assert chosen(prediction=BRAIN) is ours
+    for left in (
+        {"exponent": 2.0}, {"smooth": 0.5}, {"normalize_prediction": True},
+        {"prediction": HALF}, {"prediction": torch.float64}, {"backend": "reference"},
+    ):  # fmt: skip
+        assert chosen(**left) is twin  # type: ignore[arg-type]
 
 
 def test_over_many_draws_it_is_at_most_twice_as_far_off_without_any_allowance(

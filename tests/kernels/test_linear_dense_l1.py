@@ -15,6 +15,11 @@ from fastjepa_kernels.dense_l1 import linear, reference
 Inputs = tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, list[int]]
 
 
+@pytest.fixture(scope="module")
+def backend(loss_backend: str) -> str:
+    return loss_backend
+
+
 def make(
     *, levels: int = 2, width: int = 8, inner: int = 6, sizes: tuple[int, ...] = (5, 7),
     seed: int = 0,

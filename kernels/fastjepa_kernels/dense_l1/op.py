@@ -1,8 +1,9 @@
 """Dense L1-type loss of predictions against the target encoder's raw levels.
 
 Up to the upstream scalar the gradient is known in the forward (for p = 1 it is sign x weight), so
-nothing of size [R, E] is kept but the gradient itself. The kernel (kernel.py) and its twin
-(twin.py) both read a prediction and its raw target row once and write the gradient in that pass.
+nothing of size [R, E] is kept but the gradient itself. The kernel (kernel.py), the C++ for CPUs
+with AVX-512 (avx512.py) and their twin (twin.py) all read a prediction and its raw target row once
+and write the gradient in that pass.
 
 Shapes: R rows, E = L D channels, L levels, D width, G mask groups, M target rows.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..backend import Backend, use_triton
 from ..library import custom_op
 from ..precision import wide
-from . import twin
+from . import avx512, twin
 from .comparison import Comparison, GroupWeights, checked
 from .gradient import scaled
 
@@ -168,12 +169,13 @@ def losses_like(prediction: Tensor, comparison: Comparison) -> tuple[Tensor, Ten
 
 
 def implementation(backend: str, prediction: Tensor, comparison: Comparison) -> ModuleType:
-    """kernel.py or twin.py: both have `compare` and `finish`.
+    """kernel.py, avx512.py or twin.py: all have `compare` and `finish`.
 
     Raises ValueError where the kernel was asked for and does not take these inputs.
     """
     if not use_triton(backend, prediction):
-        return twin
+        ours = backend == "auto" and avx512.refusal(prediction, comparison) is None
+        return avx512 if ours else twin
     for what, found, most in (
         ("bytes a number", prediction.element_size(), 4),
         ("channels a level", comparison.width, MOST_WIDTH),

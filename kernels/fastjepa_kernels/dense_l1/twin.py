@@ -28,7 +28,7 @@ def compare(
     but not yet weighed, go into `sums_RL`, and `scale` times the total's gradient into `dz_rE`,
     which may be `z_rE` itself."""
     levels = len(comparison.targets_MD)
-    slope_r = _slopes(comparison, first, len(z_rE), sums_RL).mul_(scale)
+    slope_r = slopes(comparison, first, len(z_rE), sums_RL).mul_(scale)
     beta_L = sums_RL.new_tensor(comparison.level_weights)
     step = max(1, BLOCK_NUMBERS // z_rE.shape[1])
     shape = (min(step, len(z_rE)), levels, comparison.width)
@@ -44,8 +44,8 @@ def compare(
         )  # fmt: skip
 
 
-def _slopes(comparison: Comparison, first: int, rows: int, like: Tensor) -> Tensor:
-    """What the gradient of each row is weighed by, level weights apart: [r]."""
+def slopes(comparison: Comparison, first: int, rows: int, like: Tensor) -> Tensor:
+    """What the gradient of rows `first`, ... of all is weighed by, level weights apart: [r]."""
     slope_r = like.new_empty(rows)
     start = 0
     for group, (size, slope) in enumerate(
