@@ -15,6 +15,7 @@ Shapes: R packed rows, D width, B sequences, K tokens of one, H heads, C head ch
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -179,7 +180,7 @@ class _AttentionHalf(torch.autograd.Function):
             sums.append(heads_last(grads, table, segment.rows(dqkv_R3HC)))
         dproj_w = grad_weight(dy, mixed_RD).to(proj_w.dtype)
         dproj_b = dy_RD.sum(0, dtype=proj_w.dtype)
-        dqkv_b = torch.stack(sums).sum(0).to(qkv_w.dtype)
+        dqkv_b = reduce(torch.add, sums).to(qkv_w.dtype)
         del dmixed_RHC, grads, q, k, v, qkv, qkvs
         dqkv = dqkv_R3HC.flatten(1)
         if ctx.shared:

@@ -6,7 +6,7 @@ It computes in float32, on tensors of float32, and of bfloat16 where the process
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Avx512:
             getattr(library, name).argtypes = [*types, ctypes.c_int]
         return library
 
+    @lru_cache(maxsize=64)  # noqa: B019  (of few, which live as long as the process)
     def refusal(self, device: torch.device, *dtypes: torch.dtype) -> str | None:
         """Why it cannot work on such tensors; None if it can."""
         if device.type != "cpu":

@@ -17,6 +17,7 @@ def wide_vectors() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+@lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
     """Whether this processor has the instructions that products in bfloat16 need (AVX-512, or
     AVX-NE-CONVERT) and oneDNN, which uses them, is there: it is not on a Mac."""

@@ -106,6 +106,8 @@ def test_a_pytorch_without_onednn_is_asked_for_none(
 ) -> None:
     """As on a Mac, where torch.ops.mkldnn is empty."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    asked_once = precision.multiplies_bfloat16.__wrapped__
+    monkeypatch.setattr(precision, "multiplies_bfloat16", asked_once)
     monkeypatch.setattr(products_cpu, "_onednn", None)
     monkeypatch.setattr(products_cpu, "wide_vectors", lambda: True)
     x, weight, bias, dy = inputs((7, 24, 16), dtype)
