@@ -10,6 +10,7 @@ in a fresh process. bench/ holds what measures and knows no recipe.
 
 import gc
 import itertools
+import math
 import multiprocessing
 import os
 import time
@@ -48,8 +49,9 @@ from fastjepa.recipe_parts import mask_maker
 
 # A step's memory is that of the last of so many: the first one makes the optimizer's moments.
 _STEPS_FOR_MEMORY = 2
-# Steps that are not timed: on a GPU, attention's backends are measured and networks compiled in
-# them, and each has masks of its own, as the timed ones do.
+# Before they are timed, all steps run so often that each has run once and these many have: the
+# numbers of tokens that masks leave are few and recur in training, and what is done once for each
+# is not a step's (oneDNN compiles products, attention's backends are measured, networks compiled).
 _WARM_UP = {"cpu": 1, "cuda": 8}
 # Seconds for which a matrix product is repeated at most.
 _LONGEST_HOLD = 3.0
@@ -232,20 +234,19 @@ def _point(
         say(f"{name}: memory of each side alone")
         alone = {side: _alone(_memory, setting, side) for side in setting.sides}
     say(f"{name}: steps in turn")
-    warm_up = _WARM_UP[device.type]
-    batches, data = loaded.batches(rounds + warm_up)
+    passes = math.ceil(_WARM_UP[device.type] / rounds)
+    batches, data = loaded.batches(rounds)
     built = {side: loaded.build(side) for side in setting.sides}
     sides = {
         side: Side(
             loaded.dtype(side), found.rounds, found.processor, found.losses, memory=alone[side]
         )
-        for side, found in in_turn(built, batches, warm_up).items()
+        for side, found in in_turn(built, batches * (passes + 1), rounds * passes).items()
     }
     tokens = [
         TokenNumbers(stream.tokens, context, predicted, image=stream.frames == 1)
         for context, predicted in counts(
-            replace(mask_maker(loaded.recipe, stream), weigh=False),
-            range(warm_up, rounds + warm_up),
+            replace(mask_maker(loaded.recipe, stream), weigh=False), range(rounds)
         )
     ]
     costs = StreamCosts(loaded.recipe, loaded.resolved)
