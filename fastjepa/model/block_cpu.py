@@ -36,7 +36,6 @@ from fastjepa.model.products_cpu import (
     grad_weight,
     linear,
     linear_add,
-    linear_gelu,
 )
 from fastjepa.model.segments import Segment, SharedRow
 
@@ -197,15 +196,11 @@ class _MlpHalf(torch.autograd.Function):
     def forward(ctx, x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, fc2_b, eps, recompute) -> Tensor:  # type: ignore[no-untyped-def]
         dtype = product_dtype(x_RD)
         n_RD = layer_norm(x_RD, norm_w, norm_b, eps, dtype)
-        first = fc1_w.to(dtype), fc1_b.to(dtype)
-        if any(ctx.needs_input_grad):
-            h_RF = linear(n_RD, *first)
-            kept = () if recompute else (h_RF,)
-            ctx.save_for_backward(x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept)
-            ctx.eps, ctx.dtype = eps, dtype
-            a_RF = gelu(h_RF)
-        else:
-            a_RF = linear_gelu(n_RD, *first)
+        h_RF = linear(n_RD, fc1_w.to(dtype), fc1_b.to(dtype))
+        kept = (h_RF,) if any(ctx.needs_input_grad) and not recompute else ()
+        ctx.save_for_backward(x_RD, norm_w, norm_b, fc1_w, fc1_b, fc2_w, *kept)
+        ctx.eps, ctx.dtype = eps, dtype
+        a_RF = gelu(h_RF, overwrite=not kept)
         return linear_add(a_RF, x_RD, fc2_w.to(dtype), fc2_b.to(dtype))
 
     @staticmethod

@@ -30,9 +30,11 @@ def widened(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
 
 
-def gelu(h_RF: Tensor) -> Tensor:
-    """Exact GELU [R, F] in h's dtype."""
-    a_RF: Tensor = avx512.gelu(h_RF) if _ours(h_RF.dtype) else _aten.gelu(h_RF)
+def gelu(h_RF: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Exact GELU [R, F] in h's dtype; `overwrite` writes it over h, a contiguous tensor."""
+    if _ours(h_RF.dtype):
+        return avx512.gelu(h_RF, overwrite=overwrite)
+    a_RF: Tensor = _aten.gelu_(h_RF) if overwrite else _aten.gelu(h_RF)
     return a_RF
 
 

@@ -61,16 +61,6 @@ def linear(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
 
 
 @_where_it_is_fast
-def linear_gelu(x_RI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-    """`gelu(x W^T + b)`, exact GELU: [R, O]. For forwards without a gradient."""
-    if not _by_onednn(x_RI):
-        return torch.ops.aten.gelu_(torch.addmm(bias_O, x_RI, weight_OI.t()))  # type: ignore[no-any-return]
-    weight = _laid_out(weight_OI, len(x_RI))
-    out: Tensor = _onednn._linear_pointwise(x_RI, weight, bias_O, "gelu", [], "none")
-    return out
-
-
-@_where_it_is_fast
 def linear_add(x_RI: Tensor, residual_RO: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
     """`residual + x W^T + b` in the residual's dtype: [R, O]; x, W and b of one dtype."""
     if residual_RO.dtype != x_RI.dtype:

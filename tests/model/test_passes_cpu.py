@@ -37,6 +37,9 @@ def test_gelu_and_its_gradient(dtype: torch.dtype) -> None:
     h, da = rows(0, dtype), rows(1, dtype)
     exact, a, total = reference.gelu_backward(h.double(), da.double(), None)
     close(passes_cpu.gelu(h), a, dtype, TOLERANCE[dtype])
+    written = h.clone()
+    assert passes_cpu.gelu(written, overwrite=True) is written
+    assert torch.equal(written, passes_cpu.gelu(h))
     dh, sum_ = passes_cpu.gelu_backward(h, da)
     assert dh is da
     close(dh, exact, dtype, TOLERANCE[dtype])

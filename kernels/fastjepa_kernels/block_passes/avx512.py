@@ -45,10 +45,11 @@ def refusal(device: torch.device, *dtypes: torch.dtype) -> str | None:
     return _cpp.refusal(device, *dtypes)
 
 
-def gelu(h_RF: Tensor) -> Tensor:
-    """`gelu(h)` [R, F] in h's dtype, contiguous."""
+def gelu(h_RF: Tensor, *, overwrite: bool = False) -> Tensor:
+    """`gelu(h)` [R, F] in h's dtype, contiguous; `overwrite` writes it over h, which is so then."""
+    assert not overwrite or h_RF.is_contiguous()
     h = h_RF.contiguous()
-    a_RF = torch.empty_like(h)
+    a_RF = h if overwrite else torch.empty_like(h)
     _cpp.run("gelu", IN_A_WORD[h.dtype], h.data_ptr(), a_RF.data_ptr(), *h.shape)
     return a_RF
 
