@@ -18,6 +18,7 @@ from .precision import wide_vectors
 
 # How many values of a dtype fill a word of 32 bits: which of the two the C++ is to take.
 IN_A_WORD = {torch.float32: 1, torch.bfloat16: 2}
+_OUT_OF_MEMORY = -1
 _FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
 
 
@@ -73,9 +74,12 @@ class Avx512:
             return "the processor does not multiply bfloat16 (AVX-512 BF16)"
         return None
 
-    def run(self, name: str, *arguments: Any) -> int:
-        """Calls a function, on as many threads as PyTorch takes, where `refusal` gives None."""
+    def run(self, name: str, *arguments: Any) -> None:
+        """Calls a function, on as many threads as PyTorch takes, where `refusal` gives None. Raises
+        MemoryError where there is too little for what it works with."""
         library = self._library
         assert isinstance(library, ctypes.CDLL), library
-        result: int = getattr(library, name)(*arguments, torch.get_num_threads())
-        return result
+        result = getattr(library, name)(*arguments, torch.get_num_threads())
+        if result == _OUT_OF_MEMORY:
+            raise MemoryError(f"{self._source.parent.name}, {name}: not enough memory")
+        assert result == 0, (name, result)

@@ -14,6 +14,9 @@ using Words = __m512i;
 
 constexpr int LANES = 16;
 
+// What a function that is called from Python returns.
+constexpr int DONE = 0, OUT_OF_MEMORY = -1;
+
 // A tensor of heads [B, H, K, C]: how many values lie between neighbours of the first three axes.
 struct View {
   void* at;

@@ -153,6 +153,22 @@ def test_nothing_is_attended_to_by_nobody() -> None:
     assert all(t.shape == empty.shape for t in (out, *grads))
 
 
+def test_too_little_memory_is_an_error() -> None:
+    """Not the end of the process: a run that does not fit says so and what would."""
+    able(torch.float32)
+    program = (
+        "import resource, torch; from fastjepa_kernels.packed_attention import avx512; "
+        "avx512.forward(*torch.zeros(3, 1, 2, 8, 32)); x = torch.zeros(3, 1, 64, 2048, 64); "
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 50 * 2**20, -1)); avx512.forward(*x)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "MemoryError: packed_attention, forward: not enough memory" in done.stderr
+
+
 def test_a_refusal_says_why() -> None:
     assert avx512.refusal(torch.device("cuda"), torch.float32, 64) == "it needs a CPU, not cuda"
     assert "float64" in str(avx512.refusal(CPU, torch.float64, 64))

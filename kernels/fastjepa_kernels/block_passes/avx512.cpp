@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 #include "../rows.h"
 
@@ -90,7 +91,9 @@ class Sums {
 
  public:
   Sums(int64_t rows, int64_t width)
-      : width(width), blocks((rows + BLOCK - 1) / BLOCK), parts(new float[blocks * width]) {}
+      : width(width), blocks((rows + BLOCK - 1) / BLOCK), parts(new (std::nothrow) float[blocks * width]) {}
+
+  explicit operator bool() const { return bool(parts); }
 
   float* of(int64_t block) {
     float* part = parts.get() + block * width;
@@ -110,7 +113,7 @@ class Sums {
 };
 
 template <class K>
-void gelu_of(const void* h_RF, void* a_RF, int64_t rows, int64_t width, int threads) {
+int gelu_of(const void* h_RF, void* a_RF, int64_t rows, int64_t width, int threads) {
   auto h = static_cast<const typename K::Value*>(h_RF);
   auto a = static_cast<typename K::Value*>(a_RF);
 #pragma omp parallel for num_threads(threads)
@@ -119,14 +122,16 @@ void gelu_of(const void* h_RF, void* a_RF, int64_t rows, int64_t width, int thre
       Lanes x = K::load(h + row * width + i, mask);
       K::store(a + row * width + i, mask, _mm512_mul_ps(x, below(x)));
     });
+  return DONE;
 }
 
 template <class K>
-void gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows, int64_t width,
+int gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows, int64_t width,
                    int threads) {
   auto h = static_cast<const typename K::Value*>(h_RF);
   auto da = static_cast<typename K::Value*>(da_RF);
   Sums sums(rows, width);
+  if (!sums) return OUT_OF_MEMORY;
   over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
     float* sum = sums.of(block);
     for (int64_t start = low * width; start < high * width; start += width)
@@ -138,10 +143,11 @@ void gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows,
       });
   });
   sums.write(sum_F, threads);
+  return DONE;
 }
 
 template <class X, class N>
-void norm_of(const void* x_RD, const float* weight_D, const float* bias_D, float eps, void* n_RD,
+int norm_of(const void* x_RD, const float* weight_D, const float* bias_D, float eps, void* n_RD,
           int64_t rows, int64_t width, int threads) {
   auto x = static_cast<const typename X::Value*>(x_RD);
   auto n = static_cast<typename N::Value*>(n_RD);
@@ -153,10 +159,11 @@ void norm_of(const void* x_RD, const float* weight_D, const float* bias_D, float
       N::store(n + row * width + i, mask, _mm512_fmadd_ps(unit(i, mask), weight, bias));
     });
   }
+  return DONE;
 }
 
 template <class X, class N>
-void norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_RD,
+int norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_RD,
                    const float* weight_D, const float* bias_D, float eps, void* dx_RD, void* n_RD,
                    float* sum_2D, int64_t rows, int64_t width, int threads) {
   auto x = static_cast<const typename X::Value*>(x_RD);
@@ -165,6 +172,7 @@ void norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_
   auto dn = static_cast<const typename N::Value*>(dn_RD);
   auto n = static_cast<typename N::Value*>(n_RD);
   Sums sums(rows, 2 * width);
+  if (!sums) return OUT_OF_MEMORY;
   over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
     float* sum = sums.of(block);
     for (int64_t start = low * width; start < high * width; start += width) {
@@ -191,6 +199,7 @@ void norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_
     }
   });
   sums.write(sum_2D, threads);
+  return DONE;
 }
 
 // Pairs turned by their cosine and sine. signs: set where the neighbour's share is taken away, which
@@ -201,13 +210,14 @@ INLINE Lanes turned(Lanes pairs, Lanes factors, Lanes signs) {
 }
 
 template <class K>
-void turn_of(const View* from, const float* table, int64_t table_batch, int64_t table_token,
+int turn_of(const View* from, const float* table, int64_t table_batch, int64_t table_token,
              bool back, const View* to, float* sum_3HC, int64_t batch, int64_t heads,
              int64_t length, int64_t channels, int threads) {
   using Value = typename K::Value;
   Lanes signs = _mm512_castsi512_ps(_mm512_set1_epi64(back ? INT64_MIN : int64_t(1) << 31));
   int64_t rows = batch * length;
   Sums sums(sum_3HC ? rows : 0, 3 * heads * channels);
+  if (!sums) return OUT_OF_MEMORY;
   over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
     float* sums_of_block = sum_3HC ? sums.of(block) : nullptr;
     for (int64_t row = low; row < high; ++row) {
@@ -230,6 +240,7 @@ void turn_of(const View* from, const float* table, int64_t table_batch, int64_t 
     }
   });
   if (sum_3HC) sums.write(sum_3HC, threads);
+  return DONE;
 }
 
 }  // namespace
@@ -238,26 +249,26 @@ extern "C" {
 
 // values: how many of them fill a word, which tells their kind: 1 float32, 2 bfloat16.
 
-void gelu(int values, const void* h_RF, void* a_RF, int64_t rows, int64_t width, int threads) {
-  (values == 1 ? gelu_of<Float32> : gelu_of<Bfloat16>)(h_RF, a_RF, rows, width, threads);
+int gelu(int values, const void* h_RF, void* a_RF, int64_t rows, int64_t width, int threads) {
+  return (values == 1 ? gelu_of<Float32> : gelu_of<Bfloat16>)(h_RF, a_RF, rows, width, threads);
 }
 
 // da becomes h's gradient.
-void gelu_backward(int values, const void* h_RF, void* da_RF, float* sum_F, int64_t rows,
+int gelu_backward(int values, const void* h_RF, void* da_RF, float* sum_F, int64_t rows,
                    int64_t width, int threads) {
   auto run = values == 1 ? gelu_backward_of<Float32> : gelu_backward_of<Bfloat16>;
-  run(h_RF, da_RF, sum_F, rows, width, threads);
+  return run(h_RF, da_RF, sum_F, rows, width, threads);
 }
 
-void norm(int x_values, int n_values, const void* x_RD, const float* weight_D, const float* bias_D,
+int norm(int x_values, int n_values, const void* x_RD, const float* weight_D, const float* bias_D,
           float eps, void* n_RD, int64_t rows, int64_t width, int threads) {
   auto wide = n_values == 1 ? norm_of<Float32, Float32> : norm_of<Float32, Bfloat16>;
   auto narrow = n_values == 1 ? norm_of<Bfloat16, Float32> : norm_of<Bfloat16, Bfloat16>;
-  (x_values == 1 ? wide : narrow)(x_RD, weight_D, bias_D, eps, n_RD, rows, width, threads);
+  return (x_values == 1 ? wide : narrow)(x_RD, weight_D, bias_D, eps, n_RD, rows, width, threads);
 }
 
 // sum_2D: the gradients of weight and bias.
-void norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_RD,
+int norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_RD,
                    const void* residual_RD, const float* weight_D, const float* bias_D, float eps,
                    void* dx_RD, void* n_RD, float* sum_2D, int64_t rows, int64_t width,
                    int threads) {
@@ -265,18 +276,18 @@ void norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_
                             : norm_backward_of<Float32, Bfloat16>;
   auto narrow = n_values == 1 ? norm_backward_of<Bfloat16, Float32>
                               : norm_backward_of<Bfloat16, Bfloat16>;
-  (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD, n_RD,
+  return (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD, n_RD,
                                   sum_2D, rows, width, threads);
 }
 
 // Lays q, k and v out as `to` has it, channel pairs of the first two turned by their token's cosine
 // and sine, or `back`. sum_3HC: of what is written over all tokens, if asked for.
-void turn(int values, View q, View k, View v, const float* table, int64_t table_batch,
+int turn(int values, View q, View k, View v, const float* table, int64_t table_batch,
           int64_t table_token, int back, View to_q, View to_k, View to_v, float* sum_3HC,
           int64_t batch, int64_t heads, int64_t length, int64_t channels, int threads) {
   const View from[] = {q, k, v}, to[] = {to_q, to_k, to_v};
   auto run = values == 1 ? turn_of<Float32> : turn_of<Bfloat16>;
-  run(from, table, table_batch, table_token, back, to, sum_3HC, batch, heads, length, channels,
+  return run(from, table, table_batch, table_token, back, to, sum_3HC, batch, heads, length, channels,
       threads);
 }
 

@@ -70,9 +70,10 @@ void compare_of(const Rows& all, bool normalize, float eps, int threads) {
 }  // namespace
 
 // values: how many of them fill a word, which tells their kind: 1 float32, 2 bfloat16.
-extern "C" void compare(int z_values, int y_values, Rows all, int normalize, float eps,
+extern "C" int compare(int z_values, int y_values, Rows all, int normalize, float eps,
                         int threads) {
   auto wide = y_values == 1 ? compare_of<Float32, Float32> : compare_of<Float32, Bfloat16>;
   auto narrow = y_values == 1 ? compare_of<Bfloat16, Float32> : compare_of<Bfloat16, Bfloat16>;
   (z_values == 1 ? wide : narrow)(all, normalize, eps, threads);
+  return DONE;
 }

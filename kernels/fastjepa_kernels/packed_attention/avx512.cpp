@@ -22,6 +22,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "../lanes.h"
@@ -245,14 +246,15 @@ void attend(Rows<K> q, int low, int high, const uint32_t* k, const uint32_t* v, 
 }
 
 template <class K, int C>
-void forward(View q, View k, View v, View out, float* lse, int batch, int heads, int length,
+int forward(View q, View k, View v, View out, float* lse, int batch, int heads, int length,
              int threads) {
   int keys = up(length, NARROW), cuts = (length + QUERIES - 1) / QUERIES;
   int queries = up((length + cuts - 1) / cuts, ROWS);
   int64_t all = int64_t(batch) * heads, words = int64_t(pitch(keys)) * C / K::IN_A_WORD;
   Room room = make_room(2 * all * words);
   float scale = float(M_LOG2E / std::sqrt(double(C)));
-  std::unique_ptr<float[]> bias(new float[keys]);
+  std::unique_ptr<float[]> bias(new (std::nothrow) float[keys]);
+  if (!room || !bias) return OUT_OF_MEMORY;
   for (int n = 0; n < keys; ++n) bias[n] = n < length ? 0 : ZEROED;
 #pragma omp parallel num_threads(threads)
   {
@@ -272,6 +274,7 @@ void forward(View q, View k, View v, View out, float* lse, int batch, int heads,
                      rows_of<K>(out, b, h, length), lse + i * length);
       }
   }
+  return DONE;
 }
 
 // What a backward's thread works with: a head's tensors, laid out for its products, and sums.
@@ -422,26 +425,34 @@ void backward_of_head(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows
 }
 
 template <class K, int C>
-void backward(View grad, View q, View k, View v, View out, const float* lse, View dq, View dk,
+int backward(View grad, View q, View k, View v, View out, const float* lse, View dq, View dk,
               View dv, int batch, int heads, int length, int threads) {
+  int result = DONE;
 #pragma omp parallel num_threads(threads)
   {
-    std::unique_ptr<Head<K, C>> head(new Head<K, C>(length));
+    std::unique_ptr<Head<K, C>> head(new (std::nothrow) Head<K, C>(length));
+    if (!head || !head->room) {
+#pragma omp atomic write
+      result = OUT_OF_MEMORY;
+    }
+#pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < int64_t(batch) * heads; ++i) {
+      if (result != DONE) continue;
       auto of = [&](const View& view) { return rows_of<K>(view, i / heads, i % heads, length); };
       backward_of_head<K, C>(*head, of(grad), of(q), of(k), of(v), of(out), lse + i * length,
                              of(dq), of(dk), of(dv));
     }
   }
+  return result;
 }
 
 // Head channels that are not among these give 1 and nothing else. lse: [B, H, K].
 #define FOR_CHANNELS(CALL)                   \
   switch (channels) {                        \
-    case 32: CALL(32); return 0;             \
-    case 64: CALL(64); return 0;             \
-    case 128: CALL(128); return 0;           \
+    case 32: return CALL(32);                \
+    case 64: return CALL(64);                \
+    case 128: return CALL(128);              \
     default: return 1;                       \
   }
 
