@@ -301,7 +301,9 @@ def _backends(dali: bool) -> Iterator[Finding]:
     else:
         device = "the CPU, because no CUDA device is seen (engine.device: auto)"
         cpu = torch.device("cpu")
-        attention = _on_a_cpu(partial(packed_attention.refusal, cpu, channels=64), "flash kernel")
+        attention = _on_a_cpu(
+            partial(packed_attention.refusal, cpu, channels=64), "flash kernel in float32"
+        )
         passes = _on_a_cpu(partial(block_passes.refusal, cpu), "operations")
         onednn = torch.backends.mkldnn.is_available()
         products = (

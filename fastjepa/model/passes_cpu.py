@@ -87,10 +87,10 @@ def _aten_norm(
 def heads_first(qkv_BK3HC: Tensor, table_BKC2: Tensor, out_3BHKC: Tensor) -> None:
     """Writes rotated q, rotated k and v as attention reads them, to rows of tokens that may be part
     of longer ones."""
-    if qkv_BK3HC.dtype == out_3BHKC.dtype and _ours(out_3BHKC.dtype):
-        avx512.turn(qkv_BK3HC.permute(2, 0, 3, 1, 4).unbind(), table_BKC2, out_3BHKC.unbind())
-        return
     laid_out = qkv_BK3HC.permute(2, 0, 3, 1, 4)
+    if laid_out.dtype == out_3BHKC.dtype and _ours(out_3BHKC.dtype):
+        avx512.turn(laid_out.unbind(), table_BKC2, out_3BHKC.unbind())
+        return
     rotate_into(laid_out[:2], as_factor(table_BKC2)[:, None], out_3BHKC[:2])
     out_3BHKC[2].copy_(laid_out[2])
 

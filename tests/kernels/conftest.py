@@ -68,6 +68,14 @@ def _halves_are_rounded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def _threads() -> Iterator[None]:
+    """A test may change how many PyTorch takes."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="package", params=["triton", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)

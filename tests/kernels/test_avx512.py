@@ -4,7 +4,7 @@ lengths and strides, any threads; and the library that they are compiled to."""
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,13 +124,6 @@ def test_strides_are_taken_as_they_come(dtype: torch.dtype) -> None:
             assert torch.equal(ours, theirs)
     out, _ = avx512.forward(q, k, v)
     assert out.transpose(1, 2).is_contiguous()
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,8 +1,6 @@
 """The passes between a block's products by our kernels for AVX-512 against the formulas in float64:
 any shapes and strides, numbers at the edges, any threads."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,13 +200,6 @@ def test_rows_may_lie_apart(dtype: torch.dtype) -> None:
 
     apart = run(h, x, dn, residual)
     assert all(torch.equal(a, b) for a, b in zip(apart, run(*plain), strict=True))
-
-
-@pytest.fixture
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

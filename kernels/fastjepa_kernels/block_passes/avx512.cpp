@@ -75,10 +75,12 @@ INLINE void add_to(float* sums, Mask mask, Lanes x) {
   Float32::store(sums, mask, _mm512_add_ps(Float32::load(sums, mask), x));
 }
 
+int64_t blocks_of(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
+
 // Calls `run` for every block of rows: its number, its first row and the row behind its last.
 template <class Run>
 void over_blocks(int64_t rows, int threads, Run run) {
-  int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+  int64_t blocks = blocks_of(rows);
 #pragma omp parallel for num_threads(threads)
   for (int64_t block = 0; block < blocks; ++block)
     run(block, block * BLOCK, std::min(rows, (block + 1) * BLOCK));
@@ -91,7 +93,8 @@ class Sums {
 
  public:
   Sums(int64_t rows, int64_t width)
-      : width(width), blocks((rows + BLOCK - 1) / BLOCK), parts(new (std::nothrow) float[blocks * width]) {}
+      : width(width), blocks(blocks_of(rows)),
+        parts(new (std::nothrow) float[blocks * width]) {}
 
   explicit operator bool() const { return bool(parts); }
 
@@ -127,7 +130,7 @@ int gelu_of(const void* h_RF, void* a_RF, int64_t rows, int64_t width, int threa
 
 template <class K>
 int gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows, int64_t width,
-                   int threads) {
+                     int threads) {
   auto h = static_cast<const typename K::Value*>(h_RF);
   auto da = static_cast<typename K::Value*>(da_RF);
   Sums sums(rows, width);
@@ -148,7 +151,7 @@ int gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows, 
 
 template <class X, class N>
 int norm_of(const void* x_RD, const float* weight_D, const float* bias_D, float eps, void* n_RD,
-          int64_t rows, int64_t width, int threads) {
+            int64_t rows, int64_t width, int threads) {
   auto x = static_cast<const typename X::Value*>(x_RD);
   auto n = static_cast<typename N::Value*>(n_RD);
 #pragma omp parallel for num_threads(threads)
@@ -164,8 +167,8 @@ int norm_of(const void* x_RD, const float* weight_D, const float* bias_D, float 
 
 template <class X, class N>
 int norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_RD,
-                   const float* weight_D, const float* bias_D, float eps, void* dx_RD, void* n_RD,
-                   float* sum_2D, int64_t rows, int64_t width, int threads) {
+                     const float* weight_D, const float* bias_D, float eps, void* dx_RD, void* n_RD,
+                     float* sum_2D, int64_t rows, int64_t width, int threads) {
   auto x = static_cast<const typename X::Value*>(x_RD);
   auto residual = static_cast<const typename X::Value*>(residual_RD);
   auto dx = static_cast<typename X::Value*>(dx_RD);
@@ -202,8 +205,8 @@ int norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_R
   return DONE;
 }
 
-// Pairs turned by their cosine and sine. signs: set where the neighbour's share is taken away, which
-// is for the first of a pair, or on the way back for the second.
+// Pairs turned by their cosine and sine. signs: set where the neighbour's share is taken away,
+// which is for the first of a pair, or on the way back for the second.
 INLINE Lanes turned(Lanes pairs, Lanes factors, Lanes signs) {
   Lanes other = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xb1), _mm512_movehdup_ps(factors));
   return _mm512_fmadd_ps(pairs, _mm512_moveldup_ps(factors), _mm512_xor_ps(other, signs));
@@ -211,8 +214,8 @@ INLINE Lanes turned(Lanes pairs, Lanes factors, Lanes signs) {
 
 template <class K>
 int turn_of(const View* from, const float* table, int64_t table_batch, int64_t table_token,
-             bool back, const View* to, float* sum_3HC, int64_t batch, int64_t heads,
-             int64_t length, int64_t channels, int threads) {
+            bool back, const View* to, float* sum_3HC, int64_t batch, int64_t heads,
+            int64_t length, int64_t channels, int threads) {
   using Value = typename K::Value;
   Lanes signs = _mm512_castsi512_ps(_mm512_set1_epi64(back ? INT64_MIN : int64_t(1) << 31));
   int64_t rows = batch * length;
@@ -255,13 +258,13 @@ int gelu(int values, const void* h_RF, void* a_RF, int64_t rows, int64_t width, 
 
 // da becomes h's gradient.
 int gelu_backward(int values, const void* h_RF, void* da_RF, float* sum_F, int64_t rows,
-                   int64_t width, int threads) {
+                  int64_t width, int threads) {
   auto run = values == 1 ? gelu_backward_of<Float32> : gelu_backward_of<Bfloat16>;
   return run(h_RF, da_RF, sum_F, rows, width, threads);
 }
 
 int norm(int x_values, int n_values, const void* x_RD, const float* weight_D, const float* bias_D,
-          float eps, void* n_RD, int64_t rows, int64_t width, int threads) {
+         float eps, void* n_RD, int64_t rows, int64_t width, int threads) {
   auto wide = n_values == 1 ? norm_of<Float32, Float32> : norm_of<Float32, Bfloat16>;
   auto narrow = n_values == 1 ? norm_of<Bfloat16, Float32> : norm_of<Bfloat16, Bfloat16>;
   return (x_values == 1 ? wide : narrow)(x_RD, weight_D, bias_D, eps, n_RD, rows, width, threads);
@@ -269,26 +272,26 @@ int norm(int x_values, int n_values, const void* x_RD, const float* weight_D, co
 
 // sum_2D: the gradients of weight and bias.
 int norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_RD,
-                   const void* residual_RD, const float* weight_D, const float* bias_D, float eps,
-                   void* dx_RD, void* n_RD, float* sum_2D, int64_t rows, int64_t width,
-                   int threads) {
+                  const void* residual_RD, const float* weight_D, const float* bias_D, float eps,
+                  void* dx_RD, void* n_RD, float* sum_2D, int64_t rows, int64_t width,
+                  int threads) {
   auto wide = n_values == 1 ? norm_backward_of<Float32, Float32>
                             : norm_backward_of<Float32, Bfloat16>;
   auto narrow = n_values == 1 ? norm_backward_of<Bfloat16, Float32>
                               : norm_backward_of<Bfloat16, Bfloat16>;
-  return (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD, n_RD,
-                                  sum_2D, rows, width, threads);
+  return (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD,
+                                         n_RD, sum_2D, rows, width, threads);
 }
 
 // Lays q, k and v out as `to` has it, channel pairs of the first two turned by their token's cosine
 // and sine, or `back`. sum_3HC: of what is written over all tokens, if asked for.
 int turn(int values, View q, View k, View v, const float* table, int64_t table_batch,
-          int64_t table_token, int back, View to_q, View to_k, View to_v, float* sum_3HC,
-          int64_t batch, int64_t heads, int64_t length, int64_t channels, int threads) {
+         int64_t table_token, int back, View to_q, View to_k, View to_v, float* sum_3HC,
+         int64_t batch, int64_t heads, int64_t length, int64_t channels, int threads) {
   const View from[] = {q, k, v}, to[] = {to_q, to_k, to_v};
   auto run = values == 1 ? turn_of<Float32> : turn_of<Bfloat16>;
-  return run(from, table, table_batch, table_token, back, to, sum_3HC, batch, heads, length, channels,
-      threads);
+  return run(from, table, table_batch, table_token, back, to, sum_3HC, batch, heads, length,
+             channels, threads);
 }
 
 }

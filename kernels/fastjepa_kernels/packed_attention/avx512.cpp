@@ -247,7 +247,7 @@ void attend(Rows<K> q, int low, int high, const uint32_t* k, const uint32_t* v, 
 
 template <class K, int C>
 int forward(View q, View k, View v, View out, float* lse, int batch, int heads, int length,
-             int threads) {
+            int threads) {
   int keys = up(length, NARROW), cuts = (length + QUERIES - 1) / QUERIES;
   int queries = up((length + cuts - 1) / cuts, ROWS);
   int64_t all = int64_t(batch) * heads, words = int64_t(pitch(keys)) * C / K::IN_A_WORD;
@@ -261,7 +261,8 @@ int forward(View q, View k, View v, View out, float* lse, int batch, int heads, 
 #pragma omp for
     for (int64_t i = 0; i < all; ++i) {
       int64_t b = i / heads, h = i % heads;
-      lay_out_columns<K>(rows_of<K>(k, b, h, length), C / K::IN_A_WORD, keys, room.get() + 2 * i * words);
+      lay_out_columns<K>(rows_of<K>(k, b, h, length), C / K::IN_A_WORD, keys,
+                         room.get() + 2 * i * words);
       lay_out_along<K, C>(rows_of<K>(v, b, h, length), keys, room.get() + (2 * i + 1) * words);
     }
 #pragma omp for collapse(2)
@@ -426,7 +427,7 @@ void backward_of_head(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows
 
 template <class K, int C>
 int backward(View grad, View q, View k, View v, View out, const float* lse, View dq, View dk,
-              View dv, int batch, int heads, int length, int threads) {
+             View dv, int batch, int heads, int length, int threads) {
   int result = DONE;
 #pragma omp parallel num_threads(threads)
   {
