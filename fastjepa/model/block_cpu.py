@@ -38,6 +38,7 @@ from fastjepa.model.products_cpu import (
     linear_add,
 )
 from fastjepa.model.segments import Segment, SharedRow
+from fastjepa_kernels.saved import needed_again
 
 if TYPE_CHECKING:
     from fastjepa.model.block import Attention, Mlp
@@ -178,16 +179,16 @@ class _AttentionHalf(torch.autograd.Function):
             grads = attention_cpu.backward(dmixed, q, k, v, mixed, lse, ctx.backend)
             sums.append(heads_last(grads, table, segment.rows(dqkv_R3HC)))
         dproj_w = grad_weight(dy, mixed_RD).to(proj_w.dtype)
-        dproj_b = dy_RD.sum(0, dtype=proj_w.dtype)
         dqkv_b = reduce(torch.add, sums).to(qkv_w.dtype)
         del dmixed_RHC, grads, q, k, v, qkv, qkvs
         dqkv = dqkv_R3HC.flatten(1)
         if ctx.shared:
             dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)
-        dx_RD, n_RD, dnorm_w, dnorm_b = layer_norm_backward(
+        dx_RD, n_RD, dnorm_w, dnorm_b, dproj_b = layer_norm_backward(
             grad_input(dqkv, qkv_w.to(dtype)), x_RD, dy_RD, norm_w, norm_b, eps
         )
         dqkv_w = grad_weight(dqkv, n_RD).to(qkv_w.dtype)
+        dproj_b = dproj_b.to(proj_w.dtype)
         return dx_RD, dnorm_w, dnorm_b, dqkv_w, dqkv_b, dproj_w, dproj_b, *(None,) * 7
 
 
@@ -215,12 +216,14 @@ class _MlpHalf(torch.autograd.Function):
                 layer_norm(x_RD, norm_w, norm_b, eps, dtype), fc1_w.to(dtype), fc1_b.to(dtype)
             )
         )
-        dfc2_w = grad_weight(dy, gelu(h_RF)).to(fc2_w.dtype)
-        dfc2_b = dy_RD.sum(0, dtype=fc2_w.dtype)
-        dh_RF, dfc1_b = gelu_backward(h_RF, grad_input(dy, fc2_w.to(dtype)))
-        del h_RF, kept
-        dx_RD, n_RD, dnorm_w, dnorm_b = layer_norm_backward(
+        dh_RF, a_RF, dfc1_b = gelu_backward(
+            h_RF, grad_input(dy, fc2_w.to(dtype)), overwrite=not (kept and needed_again(h_RF))
+        )
+        dfc2_w = grad_weight(dy, a_RF).to(fc2_w.dtype)
+        del h_RF, a_RF, kept
+        dx_RD, n_RD, dnorm_w, dnorm_b, dfc2_b = layer_norm_backward(
             grad_input(dh_RF, fc1_w.to(dtype)), x_RD, dy_RD, norm_w, norm_b, eps
         )
         dfc1_w = grad_weight(dh_RF, n_RD).to(fc1_w.dtype)
-        return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b.to(fc1_w.dtype), dfc2_w, dfc2_b, None, None
+        dfc1_b, dfc2_b = dfc1_b.to(fc1_w.dtype), dfc2_b.to(fc2_w.dtype)
+        return dx_RD, dnorm_w, dnorm_b, dfc1_w, dfc1_b, dfc2_w, dfc2_b, None, None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastjepa_kernels.block_passes import avx512
+from fastjepa_kernels.precision import wide
 from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
 CPU = torch.device("cpu")
@@ -38,13 +39,16 @@ def gelu(h_RF: Tensor, *, overwrite: bool = False) -> Tensor:
     return a_RF
 
 
-def gelu_backward(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_backward(
+    h_RF: Tensor, da_RF: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """For `a = gelu(h)`: h's gradient [R, F], which overwrites `da`, a contiguous tensor of h's
-    dtype, and its sum over rows [F], in that dtype or a wider one."""
+    dtype; a again, over h with `overwrite`; the gradient's sum over rows [F], in that dtype or a
+    wider one."""
     if _ours(h_RF.dtype):
-        return avx512.gelu_backward(h_RF, da_RF)
+        return avx512.gelu_backward(h_RF, da_RF, overwrite=overwrite)
     _aten.gelu_backward.grad_input(da_RF, h_RF, grad_input=da_RF)
-    return da_RF, da_RF.sum(0)
+    return da_RF, gelu(h_RF, overwrite=overwrite), da_RF.sum(0)
 
 
 def layer_norm(
@@ -58,11 +62,12 @@ def layer_norm(
 
 def layer_norm_backward(
     dn_RD: Tensor, x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For `n = layer_norm(x)`: x's gradient, `residual` added, in their dtype; n again, in dn's;
-    the gradients of weight and bias [D] in theirs."""
+    the gradients of weight and bias [D] in theirs; the residual's sum over rows [D], in its
+    dtype or a wider one."""
     if _ours(x_RD.dtype, dn_RD.dtype):
-        dx_RD, n_RD, dweight, dbias = avx512.layer_norm_backward(
+        dx_RD, n_RD, dweight, dbias, sum_D = avx512.layer_norm_backward(
             dn_RD, x_RD, residual_RD, weight_D, bias_D, eps
         )
     else:
@@ -72,7 +77,9 @@ def layer_norm_backward(
             widened(bias_D, x_RD), [True, True, True],
         )  # fmt: skip
         dx_RD += residual_RD
-    return dx_RD, n_RD.to(dn_RD.dtype), dweight.to(weight_D.dtype), dbias.to(bias_D.dtype)
+        sum_D = residual_RD.sum(0, dtype=wide(residual_RD.dtype))
+    dweight, dbias = dweight.to(weight_D.dtype), dbias.to(bias_D.dtype)
+    return dx_RD, n_RD.to(dn_RD.dtype), dweight, dbias, sum_D
 
 
 def _aten_norm(

@@ -54,7 +54,7 @@ def test_gelus_slope_is_as_exact_as_pytorchs(dtype: torch.dtype) -> None:
     h = torch.linspace(-12, 12, 1_000_001).to(dtype)[None]
     exact, _, _ = reference.gelu_backward(h.double(), torch.ones_like(h, dtype=torch.float64), None)
     theirs = torch.ops.aten.gelu_backward(torch.ones_like(h), h)
-    ours, _ = avx512.gelu_backward(h, torch.ones_like(h))
+    ours, _, _ = avx512.gelu_backward(h, torch.ones_like(h))
     assert (ours.double() - exact).abs().max() <= (theirs.double() - exact).abs().max()
 
 
@@ -66,7 +66,7 @@ def test_far_away_gelu_is_its_input_or_zero(dtype: torch.dtype) -> None:
     a = avx512.gelu(h)
     assert torch.equal(a[0], far)
     assert torch.equal(a[1, :3], torch.zeros(3, dtype=dtype))
-    slope, _ = avx512.gelu_backward(h, torch.ones_like(h))
+    slope, _, _ = avx512.gelu_backward(h, torch.ones_like(h))
     assert torch.equal(slope, torch.tensor([[1.0] * 4, [0.0] * 4], dtype=dtype))
     nothing = torch.full((1, 3), torch.nan, dtype=dtype)
     assert avx512.gelu(nothing).isnan().all()
@@ -87,10 +87,16 @@ def test_gelu_and_its_gradient(dtype: torch.dtype, rows: int, width: int, seed: 
     assert avx512.gelu(written, overwrite=True) is written
     assert torch.equal(written, a)
     given_ = da.clone()
-    dh, sum_ = avx512.gelu_backward(h, given_)
+    dh, second, sum_ = avx512.gelu_backward(h, given_)
     assert dh.data_ptr() == given_.data_ptr()
     close(dh, exact, dtype)
     close(sum_, total, torch.float32)
+    assert torch.equal(second, a)
+    written = h.clone()
+    over, second, _ = avx512.gelu_backward(written, da, overwrite=True)
+    assert second is written
+    assert torch.equal(second, a)
+    assert torch.equal(over, dh)
 
 
 @pytest.mark.parametrize(("stream", "products"), STREAMS)
@@ -108,9 +114,9 @@ def test_the_norm_and_its_gradient(
     dx, _, n, dweight, dbias, _ = reference.layer_norm_backward(*wide, EPS)
     close(avx512.layer_norm(x, weight, bias, EPS, products), n, products)
     ours = avx512.layer_norm_backward(dn, x, residual, weight, bias, EPS)
-    for result, truth, dtype in zip(
-        ours, (dx, n, dweight, dbias), (stream, products, torch.float32, torch.float32), strict=True
-    ):
+    truths = dx, n, dweight, dbias, residual.double().sum(0)
+    dtypes = stream, products, *[torch.float32] * 3
+    for result, truth, dtype in zip(ours, truths, dtypes, strict=True):
         close(result, truth, dtype)
 
 
@@ -122,7 +128,7 @@ def test_a_row_of_equal_numbers_is_the_bias(width: int) -> None:
     n = avx512.layer_norm(x, weight, bias, EPS, torch.float32)
     assert (n - bias).abs().max() <= 2e-4
     zeros = torch.zeros_like(x)
-    dx, _, dweight, dbias = avx512.layer_norm_backward(zeros, x, residual, weight, bias, EPS)
+    dx, _, dweight, dbias, _ = avx512.layer_norm_backward(zeros, x, residual, weight, bias, EPS)
     assert torch.equal(dx, residual)
     assert not dweight.any()
     assert not dbias.any()

@@ -184,6 +184,16 @@ def test_the_input_stays_as_it_is(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", BY_HAND)
+def test_a_kept_graph_gives_the_same_gradients_again(way: str) -> None:
+    block, (x, tables) = make_block(way), make_input([(2, 5)])
+    out = block(x, tables, segments_of([(2, 5)])).square().sum()
+    parameters = list(block.parameters())
+    first = torch.autograd.grad(out, parameters, retain_graph=True)
+    second = torch.autograd.grad(out, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("way", BY_HAND)
 def test_frozen_weights_and_inputs_are_allowed(way: str) -> None:
     block, (x, tables) = make_block(way), make_input([(2, 9)])
     block.requires_grad_(False)

@@ -40,9 +40,16 @@ def test_gelu_and_its_gradient(dtype: torch.dtype) -> None:
     written = h.clone()
     assert passes_cpu.gelu(written, overwrite=True) is written
     assert torch.equal(written, passes_cpu.gelu(h))
-    dh, sum_ = passes_cpu.gelu_backward(h, da)
-    assert dh is da
+    given = da.clone()
+    dh, again, sum_ = passes_cpu.gelu_backward(h, given)
+    assert dh is given
     close(dh, exact, dtype, TOLERANCE[dtype])
+    assert torch.equal(again, passes_cpu.gelu(h))
+    written = h.clone()
+    over, again, _ = passes_cpu.gelu_backward(written, da, overwrite=True)
+    assert again is written
+    assert torch.equal(again, passes_cpu.gelu(h))
+    assert torch.equal(over, dh)
     close(sum_, total, None, TOLERANCE[dtype])
 
 
@@ -61,6 +68,7 @@ def test_the_norm_and_its_gradient(stream: torch.dtype, products: torch.dtype) -
     close(ours[1], n, products, tolerance)
     close(ours[2], dweight, torch.float32, max(tolerance, 1e-6))
     close(ours[3], dbias, torch.float32, max(tolerance, 1e-6))
+    close(ours[4], residual.double().sum(0), None, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

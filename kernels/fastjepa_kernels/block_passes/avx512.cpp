@@ -129,9 +129,10 @@ int gelu_of(const void* h_RF, void* a_RF, int64_t rows, int64_t width, int threa
 }
 
 template <class K>
-int gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows, int64_t width,
-                     int threads) {
+int gelu_backward_of(const void* h_RF, void* a_RF, void* da_RF, float* sum_F, int64_t rows,
+                     int64_t width, int threads) {
   auto h = static_cast<const typename K::Value*>(h_RF);
+  auto a = static_cast<typename K::Value*>(a_RF);
   auto da = static_cast<typename K::Value*>(da_RF);
   Sums sums(rows, width);
   if (!sums) return OUT_OF_MEMORY;
@@ -140,7 +141,8 @@ int gelu_backward_of(const void* h_RF, void* da_RF, float* sum_F, int64_t rows, 
     for (int64_t start = low * width; start < high * width; start += width)
       over(width, [&](int64_t i, Mask mask) {
         int64_t at = start + i;
-        Lanes dh = _mm512_mul_ps(K::load(da + at, mask), slope(K::load(h + at, mask)));
+        Lanes x = K::load(h + at, mask), dh = _mm512_mul_ps(K::load(da + at, mask), slope(x));
+        K::store(a + at, mask, _mm512_mul_ps(x, below(x)));
         K::store(da + at, mask, dh);
         add_to(sum + i, mask, dh);
       });
@@ -168,13 +170,13 @@ int norm_of(const void* x_RD, const float* weight_D, const float* bias_D, float 
 template <class X, class N>
 int norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_RD,
                      const float* weight_D, const float* bias_D, float eps, void* dx_RD, void* n_RD,
-                     float* sum_2D, int64_t rows, int64_t width, int threads) {
+                     float* sum_3D, int64_t rows, int64_t width, int threads) {
   auto x = static_cast<const typename X::Value*>(x_RD);
   auto residual = static_cast<const typename X::Value*>(residual_RD);
   auto dx = static_cast<typename X::Value*>(dx_RD);
   auto dn = static_cast<const typename N::Value*>(dn_RD);
   auto n = static_cast<typename N::Value*>(n_RD);
-  Sums sums(rows, 2 * width);
+  Sums sums(rows, 3 * width);
   if (!sums) return OUT_OF_MEMORY;
   over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
     float* sum = sums.of(block);
@@ -198,10 +200,11 @@ int norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_R
         Lanes rest = _mm512_fnmadd_ps(unit(i, mask), share, _mm512_fmsub_ps(d, weight, mean));
         Lanes beside = X::load(residual + start + i, mask);
         X::store(dx + start + i, mask, _mm512_add_ps(unit.over_deviation(rest), beside));
+        add_to(sum + 2 * width + i, mask, beside);
       });
     }
   });
-  sums.write(sum_2D, threads);
+  sums.write(sum_3D, threads);
   return DONE;
 }
 
@@ -256,11 +259,11 @@ int gelu(int values, const void* h_RF, void* a_RF, int64_t rows, int64_t width, 
   return (values == 1 ? gelu_of<Float32> : gelu_of<Bfloat16>)(h_RF, a_RF, rows, width, threads);
 }
 
-// da becomes h's gradient.
-int gelu_backward(int values, const void* h_RF, void* da_RF, float* sum_F, int64_t rows,
+// da becomes h's gradient; a may be h.
+int gelu_backward(int values, const void* h_RF, void* a_RF, void* da_RF, float* sum_F, int64_t rows,
                   int64_t width, int threads) {
   auto run = values == 1 ? gelu_backward_of<Float32> : gelu_backward_of<Bfloat16>;
-  return run(h_RF, da_RF, sum_F, rows, width, threads);
+  return run(h_RF, a_RF, da_RF, sum_F, rows, width, threads);
 }
 
 int norm(int x_values, int n_values, const void* x_RD, const float* weight_D, const float* bias_D,
@@ -270,17 +273,17 @@ int norm(int x_values, int n_values, const void* x_RD, const float* weight_D, co
   return (x_values == 1 ? wide : narrow)(x_RD, weight_D, bias_D, eps, n_RD, rows, width, threads);
 }
 
-// sum_2D: the gradients of weight and bias.
+// sum_3D: the gradients of weight and bias, and the residual over all rows.
 int norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_RD,
                   const void* residual_RD, const float* weight_D, const float* bias_D, float eps,
-                  void* dx_RD, void* n_RD, float* sum_2D, int64_t rows, int64_t width,
+                  void* dx_RD, void* n_RD, float* sum_3D, int64_t rows, int64_t width,
                   int threads) {
   auto wide = n_values == 1 ? norm_backward_of<Float32, Float32>
                             : norm_backward_of<Float32, Bfloat16>;
   auto narrow = n_values == 1 ? norm_backward_of<Bfloat16, Float32>
                               : norm_backward_of<Bfloat16, Bfloat16>;
   return (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD,
-                                         n_RD, sum_2D, rows, width, threads);
+                                         n_RD, sum_3D, rows, width, threads);
 }
 
 // Lays q, k and v out as `to` has it, channel pairs of the first two turned by their token's cosine

@@ -22,7 +22,7 @@ _cpp = Avx512(
     Path(__file__).with_suffix(".cpp"),
     {
         "gelu": [_KIND, _AT, _AT, *_SIZES],
-        "gelu_backward": [_KIND, _AT, _AT, _AT, *_SIZES],
+        "gelu_backward": [_KIND, *[_AT] * 4, *_SIZES],
         "norm": [_KIND, _KIND, _AT, _AT, _AT, _EPS, _AT, *_SIZES],
         "turn": [
             _KIND,
@@ -54,18 +54,23 @@ def gelu(h_RF: Tensor, *, overwrite: bool = False) -> Tensor:
     return a_RF
 
 
-def gelu_backward(h_RF: Tensor, da_RF: Tensor) -> tuple[Tensor, Tensor]:
-    """For `a = gelu(h)`: h's gradient [R, F], which overwrites `da`, and its sum over rows [F] in
-    float32. Both are of one dtype, `da` is contiguous."""
+def gelu_backward(
+    h_RF: Tensor, da_RF: Tensor, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For `a = gelu(h)`: h's gradient [R, F], which overwrites `da`; a again; the gradient's sum
+    over rows [F] in float32. Both are of one dtype, `da` is contiguous; `overwrite` writes a over
+    h, which is so then."""
     assert da_RF.is_contiguous()
     assert da_RF.dtype == h_RF.dtype
+    assert not overwrite or h_RF.is_contiguous()
     h = h_RF.contiguous()
+    a_RF = h if overwrite else torch.empty_like(h)
     sum_F = torch.empty(h.shape[1])
     _cpp.run(
-        "gelu_backward", IN_A_WORD[h.dtype], h.data_ptr(), da_RF.data_ptr(), sum_F.data_ptr(),
-        *h.shape,
+        "gelu_backward", IN_A_WORD[h.dtype], h.data_ptr(), a_RF.data_ptr(), da_RF.data_ptr(),
+        sum_F.data_ptr(), *h.shape,
     )  # fmt: skip
-    return da_RF, sum_F
+    return da_RF, a_RF, sum_F
 
 
 def layer_norm(
@@ -83,20 +88,21 @@ def layer_norm(
 
 def layer_norm_backward(
     dn_RD: Tensor, x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For `n = norm(x)`: x's gradient with `residual`, which is of x's dtype, added; n again, in
-    dn's dtype; the gradients of weight and bias [D] in float32."""
+    dn's dtype; the gradients of weight and bias and the residual's sum over rows [D], in
+    float32."""
     assert residual_RD.dtype == x_RD.dtype
     dn, x, residual = (t.contiguous() for t in (dn_RD, x_RD, residual_RD))
     weight, bias = weight_D.float(), bias_D.float()
     dx_RD, n_RD = torch.empty_like(x), torch.empty_like(dn)
-    sum_2D = torch.empty(2, x.shape[1])
+    dweight, dbias, sum_D = sum_3D = torch.empty(3, x.shape[1])
     _cpp.run(
         "norm_backward", IN_A_WORD[x.dtype], IN_A_WORD[dn.dtype], dn.data_ptr(), x.data_ptr(),
         residual.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, dx_RD.data_ptr(),
-        n_RD.data_ptr(), sum_2D.data_ptr(), *x.shape,
+        n_RD.data_ptr(), sum_3D.data_ptr(), *x.shape,
     )  # fmt: skip
-    return dx_RD, n_RD, sum_2D[0], sum_2D[1]
+    return dx_RD, n_RD, dweight, dbias, sum_D
 
 
 def turn(

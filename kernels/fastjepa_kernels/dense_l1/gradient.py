@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..backend import use_triton
 from ..library import custom_op
+from ..saved import needed_again
 
 
 def scaled(stored: Tensor, upstream: Tensor | None, factor: float, backend: str) -> Tensor | None:
@@ -19,19 +20,12 @@ def scaled(stored: Tensor, upstream: Tensor | None, factor: float, backend: str)
     """
     if upstream is None:
         return None
-    if _is_needed_again(stored):
+    if needed_again(stored):
         copy: Tensor = _scaled_gradient(stored, upstream, factor, backend)
         return copy
     own = stored.detach()
     _scale(own, own, upstream, factor, backend)
     return own
-
-
-def _is_needed_again(stored: Tensor) -> bool:
-    # Tracers run this with tensors of their own, and see no writes into what a forward has saved.
-    if torch.compiler.is_compiling() or type(stored) is not Tensor:
-        return True
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 @custom_op("scaled_gradient")
