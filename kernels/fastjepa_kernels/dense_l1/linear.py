@@ -18,7 +18,7 @@ from torch import Tensor
 from ..backend import Backend
 from ..block_passes.op import column_sums
 from ..checks import check_same_device
-from ..library import custom_op
+from ..library import custom_op, must_be_one_op, on_their_device
 from ..precision import as_multiplied, wide
 from .comparison import Comparison, GroupWeights, checked
 from .gradient import scaled
@@ -70,7 +70,12 @@ def linear_dense_l1(
     )  # fmt: skip
     leaves = (x_RP, weight_EP, bias_E)
     grad = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    total, terms_GL, *_ = _linear_dense_l1(x_RP, weight_EP, bias_E, *comparison, grad, backend)
+    if must_be_one_op(*leaves, *comparison.targets_MD):
+        total, terms_GL, *_ = _linear_dense_l1(*leaves, *comparison, grad, backend)
+    elif grad:
+        total, terms_GL = _Loss.apply(*leaves, comparison, backend)  # type: ignore[no-untyped-call]
+    else:
+        total, terms_GL, *_ = _loss_and_gradients(*leaves, comparison, False, backend)
     return total, terms_GL
 
 
@@ -82,17 +87,11 @@ def chunk_rows(rows: int, row_bytes: int, device: torch.device) -> int:
     return max(LEAST_ROWS, fitting // 128 * 128)
 
 
-@custom_op("linear_dense_l1")
-def _linear_dense_l1(
-    x_RP: Tensor, weight_EP: Tensor, bias_E: Tensor, targets_MD: list[Tensor], row_R: Tensor,
-    token_weight_R: Tensor | None, group_factor_G: Tensor | None, group_sizes: list[int],
-    group_weights: list[float], level_weights: list[float], exponent: float, smooth: float,
-    normalize_target: bool, normalize_prediction: bool, eps: float, grad: bool, backend: str,
+@on_their_device
+def _loss_and_gradients(
+    x_RP: Tensor, weight_EP: Tensor, bias_E: Tensor, comparison: Comparison, grad: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    comparison = Comparison(
-        targets_MD, row_R, token_weight_R, group_factor_G, group_sizes, group_weights,
-        level_weights, exponent, smooth, normalize_target, normalize_prediction, eps,
-    )  # fmt: skip
     comparison.check_values()
     rows, channels = len(x_RP), len(weight_EP)
     # Autocast, whose choice of dtype was made before x came here, stays out of the products.
@@ -102,7 +101,7 @@ def _linear_dense_l1(
         dx_RP, dweight_EP, dbias_E = gradients
         dweight_EP.zero_(), dbias_E.zero_()
         either = implementation(backend, x_RP, comparison)
-        sums_RL = new_sums(x_RP, len(targets_MD))
+        sums_RL = new_sums(x_RP, len(comparison.targets_MD))
         scale = comparison.gradient_scale(x_RP.dtype)
         step = chunk_rows(rows, channels * x_RP.element_size(), x_RP.device)
         whole_rE = x_RP.new_empty((min(step, rows), channels))
@@ -133,6 +132,20 @@ def _empty_gradients(x_RP: Tensor, weight_EP: Tensor, grad: bool) -> tuple[Tenso
     return dx_RP, dweight_EP, dbias_E
 
 
+@custom_op("linear_dense_l1")
+def _linear_dense_l1(
+    x_RP: Tensor, weight_EP: Tensor, bias_E: Tensor, targets_MD: list[Tensor], row_R: Tensor,
+    token_weight_R: Tensor | None, group_factor_G: Tensor | None, group_sizes: list[int],
+    group_weights: list[float], level_weights: list[float], exponent: float, smooth: float,
+    normalize_target: bool, normalize_prediction: bool, eps: float, grad: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    comparison = Comparison(
+        targets_MD, row_R, token_weight_R, group_factor_G, group_sizes, group_weights,
+        level_weights, exponent, smooth, normalize_target, normalize_prediction, eps,
+    )  # fmt: skip
+    return _loss_and_gradients(x_RP, weight_EP, bias_E, comparison, grad, backend)
+
+
 @_linear_dense_l1.register_fake
 def _(
     x_RP: Tensor, weight_EP: Tensor, bias_E: Tensor, *rest: Any
@@ -142,27 +155,57 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_RP, weight_EP, bias_E, *compared, _, backend = inputs
+    *leaves, backend = *inputs[:3], inputs[-1]
     _, terms_GL, *gradients = output
-    comparison = Comparison(*compared)
+    comparison = Comparison(*inputs[3:-2])
     ctx.mark_non_differentiable(terms_GL, *gradients)
+    ctx.num_levels = len(comparison.targets_MD)
+    _keep_gradients(ctx, leaves, comparison, backend, gradients)
+
+
+def _keep_gradients(
+    ctx: Any, leaves: Sequence[Tensor], comparison: Comparison, backend: str,
+    gradients: Sequence[Tensor],
+) -> None:  # fmt: skip
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*gradients)
-    ctx.num_levels, ctx.backend = len(comparison.targets_MD), backend
-    ctx.dtypes = (x_RP.dtype, weight_EP.dtype, bias_E.dtype)
-    ctx.factor = 1.0 / comparison.gradient_scale(x_RP.dtype)
+    ctx.dtypes = [leaf.dtype for leaf in leaves]
+    ctx.backend, ctx.factor = backend, 1.0 / comparison.gradient_scale(leaves[0].dtype)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
-    scaled_gradients = [
+def _gradients(ctx: Any, upstream: Tensor | None) -> list[Tensor | None]:
+    """Of x, W and b."""
+    found = [
         scaled(stored, upstream, ctx.factor, ctx.backend) if needed else None
         for stored, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    gradients = [
+    return [
         None if gradient is None else gradient.to(dtype)
-        for gradient, dtype in zip(scaled_gradients, ctx.dtypes, strict=True)
+        for gradient, dtype in zip(found, ctx.dtypes, strict=True)
     ]
-    return *gradients, [None] * ctx.num_levels, *(None,) * 13
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Any, ...]:
+    return *_gradients(ctx, upstream), [None] * ctx.num_levels, *(None,) * 13
 
 
 _linear_dense_l1.register_autograd(_backward, setup_context=_keep)
+
+
+class _Loss(torch.autograd.Function):
+    """The op where nothing has to see it as one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RP: Tensor, weight_EP: Tensor, bias_E: Tensor, comparison: Comparison,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        leaves = (x_RP, weight_EP, bias_E)
+        total, terms_GL, *gradients = _loss_and_gradients(*leaves, comparison, True, backend)
+        ctx.mark_non_differentiable(terms_GL)
+        _keep_gradients(ctx, leaves, comparison, backend, gradients)
+        return total, terms_GL
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, upstream), None, None

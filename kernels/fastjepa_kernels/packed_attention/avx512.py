@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..avx512 import IN_A_WORD, Avx512, View
-from ..library import custom_op
+from ..library import custom_op, must_be_one_op
 from .op import side_by_side
 
 CHANNELS = (32, 64, 128)
@@ -49,9 +49,8 @@ def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Ten
     log-sum-exp lies beyond +-60 the output need not be right, and is not finite where one is not.
     (docs/method.md section 2.)
     """
-    # One op where something watches, such as checkpointing that keeps attention; it takes longer,
-    # and the first such call in a process loads Triton.
-    run = _forward_op if torch._C._len_torch_dispatch_stack() else _forward
+    # The first call of the op in a process loads Triton.
+    run = _forward_op if must_be_one_op(q_BHKC, k_BHKC, v_BHKC) else _forward
     out, lse = run(q_BHKC, k_BHKC, v_BHKC)
     return out, lse
 

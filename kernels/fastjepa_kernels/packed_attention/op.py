@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..backend import Backend, use_triton
 from ..checks import check_same_device, reads_values
-from ..library import custom_op, on_their_device
+from ..library import custom_op, must_be_one_op, on_their_device
 from .reference import over_sequences
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,8 +47,7 @@ def packed_attention(
     _check(q_RHC, k_RHC, v_RHC, starts_B1, longest)
     if not (_kernel_runs(backend, q_RHC) and q_RHC.numel()):
         return over_sequences(_fused, q_RHC, k_RHC, v_RHC, starts_B1)
-    # One op where something watches, such as checkpointing that keeps attention; it takes longer.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if must_be_one_op(q_RHC, k_RHC, v_RHC):
         out: Tensor = _packed_attention(q_RHC, k_RHC, v_RHC, starts_B1, longest)[0]
         return out
     out = _Attention.apply(q_RHC, k_RHC, v_RHC, starts_B1, longest)  # type: ignore[no-untyped-call]
