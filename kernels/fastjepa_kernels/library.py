@@ -50,7 +50,6 @@ def must_be_one_op(*tensors: Tensor) -> bool:
     a registered op takes a small call's time several times over."""
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)

@@ -239,6 +239,23 @@ def test_it_is_one_op_where_something_watches_and_the_same_numbers_where_not(
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
 
+def test_a_compiler_sees_one_op() -> None:
+    x, weight, bias, targets, row, sizes = make(sizes=(2, 3))
+    graphs: list[str] = []
+
+    def total(x: Tensor) -> Tensor:
+        return linear_dense_l1(x.float(), weight.float(), bias.float(), targets, row, sizes)[0]
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.testing.assert_close(torch.compile(total, backend=keep)(x), total(x))
+    (graph,) = graphs
+    assert graph.count("fastjepa_kernels.linear_dense_l1") == 1
+    assert "addmm" not in graph
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_it_is_a_well_behaved_op(backend: str, device: torch.device, grad: bool) -> None:
     x, weight, bias, targets, row, sizes = make(sizes=(2, 3))
