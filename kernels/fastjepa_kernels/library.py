@@ -46,13 +46,13 @@ def on_their_device(function: Function) -> Function:
 
 def must_be_one_op(*tensors: Tensor) -> bool:
     """Whether a call with these tensors has to go through its registered op: something compiles,
-    traces, counts or transforms it, such as checkpointing that keeps attention. Where nothing does,
-    a registered op takes a small call's time several times over."""
+    traces, counts or transforms it, such as checkpointing that keeps attention, or the tensors have
+    no values. Else a registered op takes a small call's time several times over."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        or any(t.is_meta or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )
 
 

@@ -239,6 +239,24 @@ def test_it_is_one_op_where_something_watches_and_the_same_numbers_where_not(
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
 
+def test_without_values_it_gives_shapes_and_keeps_the_gradients() -> None:
+    x, weight, bias, targets, row, sizes = make()
+    leaves = [leaf.float().to("meta").requires_grad_() for leaf in (x, weight, bias)]
+    kept: list[Tensor] = []
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        total, terms = linear_dense_l1(
+            *leaves, [t.to("meta") for t in targets], row.to("meta"), sizes
+        )
+    assert total.shape == ()
+    assert terms.shape == (len(sizes), len(targets))
+    assert [saved.shape for saved in kept] == [leaf.shape for leaf in leaves]
+
+
 def test_a_compiler_sees_one_op() -> None:
     x, weight, bias, targets, row, sizes = make(sizes=(2, 3))
     graphs: list[str] = []
