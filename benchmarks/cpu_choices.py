@@ -95,7 +95,7 @@ def _gelu_backward(h_RF: Tensor, da_RF: Tensor) -> object:
 def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
     """GELU of a hidden layer four times as wide, LayerNorm of a float32 stream, their gradients,
     and rotation there and back, by PyTorch's operations and the way we choose. GELU's gradient,
-    which overwrites one, comes with a copy of it."""
+    which gives GELU too and overwrites one, comes with a copy of it."""
     able = avx512.refusal
 
     def by(chosen: bool, call: Callable[[], object]) -> Callable[[], object]:
