@@ -346,14 +346,14 @@ void tile_of_scores(Head<K, C>& head, Rows<K> k, Rows<K> v, int key, int row, in
     }
 }
 
-// Adds what KEYS keys and up to WIDE queries give to the gradients of both.
+// Adds what up to KEYS keys, in steps of ROWS, and up to WIDE queries give to the gradients of both.
 template <class K, int C>
-void add_gradients(Head<K, C>& head, Rows<K> k, Rows<K> v, int key, int query, int width,
+void add_gradients(Head<K, C>& head, Rows<K> k, Rows<K> v, int key, int keys, int query, int width,
                    float scale) {
   for (int at = 0; at < width; at += NARROW)
-    for (int row = 0; row < KEYS; row += ROWS)
+    for (int row = 0; row < keys; row += ROWS)
       tile_of_scores<K, C>(head, k, v, key, row, query + at, at, scale);
-  for (int row = 0; row < KEYS; row += ROWS) {
+  for (int row = 0; row < keys; row += ROWS) {
     const typename K::Value *p[ROWS], *ds[ROWS];
     for (int r = 0; r < ROWS; ++r) p[r] = head.p[row + r], ds[r] = head.ds[row + r];
     for (int c = 0; c < C; c += CHANNELS<C> * LANES) {
@@ -374,7 +374,7 @@ void add_gradients(Head<K, C>& head, Rows<K> k, Rows<K> v, int key, int query, i
             head.k_columns + int64_t(c + i) * head.keys_apart + key / K::IN_A_WORD);
       add_products_to<K, COLUMNS, NARROW / LANES>(
           head.dq + int64_t(c) * head.queries_apart + query + at, head.queries_apart, columns,
-          KEYS / K::IN_A_WORD, head.ds_along[0] + at, WIDE);
+          keys / K::IN_A_WORD, head.ds_along[0] + at, WIDE);
     }
 }
 
@@ -407,10 +407,11 @@ void backward_of_head(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows
   lay_out<K, C>(head, grad, q, k, out, lse);
   std::fill(head.dq, head.dq + int64_t(head.queries_apart) * C, 0.0f);
   for (int key = 0; key < length; key += KEYS) {
+    int keys = up(std::min(KEYS, length - key), ROWS);
     std::fill(head.dk, head.dk + KEYS * C, 0.0f);
     std::fill(head.dv, head.dv + KEYS * C, 0.0f);
     for (int query = 0; query < head.queries; query += WIDE)
-      add_gradients<K, C>(head, k, v, key, query, std::min(WIDE, head.queries - query),
+      add_gradients<K, C>(head, k, v, key, keys, query, std::min(WIDE, head.queries - query),
                           float(M_LOG2E) * scale);
     for (int n = key; n < std::min(key + KEYS, length); ++n) {
       write_row<K, C>(head.dk + (n - key) * C, scale, dk[n]);
