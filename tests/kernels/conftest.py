@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa_kernels.backend import interpreted
 from fastjepa_kernels.block_passes import avx512
@@ -74,6 +75,23 @@ def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+class Watch(TorchDispatchMode):
+    """The names of the operations that run while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
+        self.seen.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def watch() -> Watch:
+    return Watch()
 
 
 @pytest.fixture(scope="package", params=["triton", "reference"])

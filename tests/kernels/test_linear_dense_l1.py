@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjepa_kernels import dense_l1, linear_dense_l1
 from fastjepa_kernels.dense_l1 import linear, reference
@@ -212,17 +211,8 @@ def test_autocast_stays_out_of_it(backend: Any, device: torch.device) -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_it_is_one_op_where_something_watches_and_the_same_numbers_where_not(
-    backend: Any, device: torch.device, grad: bool
+    backend: Any, device: torch.device, watch: Any, grad: bool
 ) -> None:
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> object:
-            seen.append(str(op))
-            return op(*args, **(kwargs or {}))
-
     x, weight, bias, targets, row, sizes = make()
     leaves = [leaf.float().to(device).requires_grad_(grad) for leaf in (x, weight, bias)]
     rest = ([target.float().to(device) for target in targets], row.to(device), sizes)
@@ -232,10 +222,10 @@ def test_it_is_one_op_where_something_watches_and_the_same_numbers_where_not(
         return [total, terms, *(torch.autograd.grad(total, leaves) if grad else ())]
 
     alone = numbers()
-    with Watch():
+    with watch:
         watched = numbers()
-    assert seen.count("fastjepa_kernels.linear_dense_l1.default") == 1
-    assert not any("addmm" in name for name in seen)
+    assert watch.seen.count("fastjepa_kernels.linear_dense_l1.default") == 1
+    assert not any("addmm" in name for name in watch.seen)
     assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
 
 

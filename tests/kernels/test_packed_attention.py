@@ -9,7 +9,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastjepa_kernels import packed_attention
@@ -291,22 +290,13 @@ def test_bad_input_is_named(changed: dict[str, Any], words: str) -> None:
         packed_attention(**{**good, **changed})
 
 
-def test_one_that_watches_sees_one_op(device: torch.device) -> None:
+def test_one_that_watches_sees_one_op(device: torch.device, watch: Any) -> None:
     """As checkpointing that keeps attention's output does."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     qkv = torch.randn(5, 3, 1, 16, device=device).bfloat16().requires_grad_()
-    with Watch():
+    with watch:
         out = packed_attention(*qkv.unbind(1), starts_of([2, 3], device), 3, backend="triton")
         out.sum().backward()
-    assert [name for name in seen if "packed_attention" in name] == [
+    assert [name for name in watch.seen if "packed_attention" in name] == [
         "fastjepa_kernels.packed_attention.default",
         "fastjepa_kernels.packed_attention_backward.default",
     ]
