@@ -70,12 +70,17 @@ def products(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, fl
 
 def attention(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float]:
     """Flash attention with all keys at once against the way we choose, in the dtypes that the
-    processor multiplies."""
+    processor multiplies; and the way we choose from packed q, k and v and with their rotation."""
     calls: dict[str, Callable[[], object]] = {}
     narrow = [torch.bfloat16] if multiplies_bfloat16() else []
     for dtype in (torch.float32, *narrow):
         q, k, v, grad = (torch.randn(shape, dtype=dtype) for _ in range(4))
         out, lse = _flash(q, k, v)
+        packed = torch.stack([x.transpose(1, 2) for x in (q, k, v)], 2)
+        angle = torch.randn(1, shape[2], shape[3] // 2)
+        table = torch.stack([angle.cos(), angle.sin()], -1)
+        mixed, above = (x.transpose(1, 2).contiguous() for x in (out, grad))
+        rotary_lse = attention_cpu.rotary_forward(packed, table, mixed)
         name = str(dtype).removeprefix("torch.")
         calls |= {
             f"forward, flash, {name}": partial(_flash, q, k, v),
@@ -84,7 +89,14 @@ def attention(shape: tuple[int, int, int, int], repeats: int) -> dict[str, float
                 _flash_backward, grad, q, k, v, out, lse, 0.0, False
             ),
             f"backward, ours, {name}": partial(attention_cpu.backward, grad, q, k, v, out, lse),
-        }
+            f"forward, ours, rotation with it, {name}": partial(
+                attention_cpu.rotary_forward, packed, table, mixed
+            ),
+            f"backward, ours, rotation with it, {name}": partial(
+                attention_cpu.rotary_backward, above, packed, table, mixed, rotary_lse,
+                torch.empty_like(packed),
+            ),
+        }  # fmt: skip
     return in_turn(calls, repeats)
 
 
@@ -93,9 +105,9 @@ def _gelu_backward(h_RF: Tensor, da_RF: Tensor) -> object:
 
 
 def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
-    """GELU of a hidden layer four times as wide, LayerNorm of a float32 stream, their gradients,
-    and rotation there and back, by PyTorch's operations and the way we choose. GELU's gradient,
-    which gives GELU too and overwrites one, comes with a copy of it."""
+    """GELU of a hidden layer four times as wide, LayerNorm of a float32 stream, and their
+    gradients, by PyTorch's operations and the way we choose. GELU's gradient, which gives GELU too
+    and overwrites one, comes with a copy of it."""
     able = avx512.refusal
 
     def by(chosen: bool, call: Callable[[], object]) -> Callable[[], object]:
@@ -107,15 +119,11 @@ def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
         return run
 
     x, residual, weight, bias = (torch.randn(rows, width) for _ in range(4))
-    angle = torch.randn(1, rows, 16)
-    table = torch.stack([angle.cos(), angle.sin()], -1)
     calls: dict[str, Callable[[], object]] = {}
     narrow = [torch.bfloat16] if multiplies_bfloat16() else []
     for dtype in (torch.float32, *narrow):
         h, da = (torch.randn(rows, 4 * width, dtype=dtype) for _ in range(2))
         dn = torch.randn(rows, width, dtype=dtype)
-        packed = torch.randn(1, rows, 3, width // 32, 32, dtype=dtype)
-        heads = torch.empty(3, 1, width // 32, rows, 32, dtype=dtype)
         kinds: dict[str, Callable[[], object]] = {
             "GELU": partial(passes_cpu.gelu, h),
             "GELU's gradient": partial(_gelu_backward, h, da),
@@ -123,8 +131,6 @@ def passes(rows: int, width: int, repeats: int) -> dict[str, float]:
             "norm's gradient": partial(
                 passes_cpu.layer_norm_backward, dn, x, residual, weight[0], bias[0], 1e-6
             ),
-            "rotation": partial(passes_cpu.heads_first, packed, table, heads),
-            "rotation back": partial(passes_cpu.heads_last, heads.unbind(), table, packed),
         }
         name = str(dtype).removeprefix("torch.")
         for kind, call in kinds.items():
@@ -181,7 +187,7 @@ def main() -> None:
     for title, times in found.items():
         print(title)
         for name, milliseconds in times.items():
-            print(f"  {name:36}{milliseconds:10.3f} ms")
+            print(f"  {name:46}{milliseconds:10.3f} ms")
     errors = {
         f"scores' deviation {deviation}, {channels} channels": bfloat16_errors(deviation, channels)
         for channels in (32, 64)

@@ -2,8 +2,8 @@
 
 On a CPU a block spends much of its time around the products: allocating, copying and adding. Here
 - the residual and the bias ride in a product's epilogue, and products go where they run fastest;
-- q and k are rotated while they are laid out for attention, and turned back while their gradients
-  are packed;
+- attention takes q, k and v as the product gives them, and gives their gradients as the products
+  take them (attention_cpu.py);
 - LayerNorm's and GELU's outputs are recomputed in the backward, not saved: 10 widths a token are
   kept instead of 20. With `recompute` queries, keys, values and the MLP's hidden layer are made
   again, too, each by its product: 3 widths are kept, the halves' inputs and attention's output.
@@ -26,8 +26,6 @@ from fastjepa.model.autocast import product_dtype
 from fastjepa.model.passes_cpu import (
     gelu,
     gelu_backward,
-    heads_first,
-    heads_last,
     layer_norm,
     layer_norm_backward,
 )
@@ -77,42 +75,13 @@ def mlp_half(x_RD: Tensor, norm: nn.LayerNorm, mlp: "Mlp", *, recompute: bool = 
     return out
 
 
-def _heads_first(parts: Sequence[Tensor], table: Tensor, backend: str) -> Tensor:
-    """Rotated q, rotated k and v of one segment, each as attention reads it fastest: [3, B, H, K,
-    C].
-
-    parts: consecutive tokens of its sequences, each [B, k, 3, H, C].
-    """
-    count, _, _, heads, channels = parts[0].shape
-    sizes = [part.shape[1] for part in parts]
-    length = sum(sizes)
-    dtype = attention_cpu.attention_dtype(parts[0].dtype, channels, backend)
-    out = torch.empty((3, count, heads, length, channels), dtype=dtype, device=parts[0].device)
-    for part, to, turn in zip(parts, out.split(sizes, 3), table.split(sizes, 1), strict=True):
-        heads_first(part, turn, to)
-    return out
-
-
-def _queries_keys_values(
-    n_RD: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    heads: int,
-    tables: Sequence[Tensor],
-    segments: Sequence[Segment],
-    shared: SharedRow | None,
-    backend: str,
-) -> list[Tensor]:
-    """Of each segment what attention takes, [3, B, H, K, C], from normed rows."""
+def _packed(
+    n_RD: Tensor, weight: Tensor, bias: Tensor, heads: int, shared: SharedRow | None
+) -> Tensor:
+    """q, k and v of every row of every sequence, from normed rows: [R, 3, H, C]."""
     dtype = n_RD.dtype
-    qkv_R3HC = linear(n_RD, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, heads, -1))
-    return [
-        _heads_first(
-            shared.parts(qkv_R3HC, number) if shared else [segment.rows(qkv_R3HC)], table, backend
-        )
-        for number, (segment, table) in enumerate(zip(segments, tables, strict=True))
-    ]
+    qkv = linear(n_RD, weight.to(dtype), bias.to(dtype)).unflatten(-1, (3, heads, -1))
+    return shared.spread(qkv) if shared else qkv
 
 
 class _AttentionHalf(torch.autograd.Function):
@@ -136,18 +105,15 @@ class _AttentionHalf(torch.autograd.Function):
     ) -> Tensor:
         dtype = product_dtype(x_RD)
         n_RD = layer_norm(x_RD, norm_w, norm_b, eps, dtype)
-        outs, lses, kept = [], [], []
-        for qkv in _queries_keys_values(
-            n_RD, qkv_w, qkv_b, heads=heads, tables=tables, segments=segments, shared=shared,
-            backend=backend,
-        ):  # fmt: skip
-            q, k, v = qkv
-            out, lse = attention_cpu.forward(q, k, v, backend)
-            outs.append(out.transpose(1, 2).reshape(-1, x_RD.shape[-1]).to(dtype))
-            lses.append(lse)
-            kept += [] if recompute else [qkv]
-        del n_RD, q, k, v, qkv
-        mixed_RD = outs[0] if len(outs) == 1 else torch.cat(outs)
+        qkv_R3HC = _packed(n_RD, qkv_w, qkv_b, heads, shared)
+        del n_RD
+        mixed_RHC = qkv_R3HC.new_empty(len(qkv_R3HC), *qkv_R3HC.shape[2:])
+        lses = [
+            attention_cpu.rotary_forward(own.rows(qkv_R3HC), table, own.rows(mixed_RHC), backend)
+            for own, table in zip(segments, tables, strict=True)
+        ]
+        mixed_RD = mixed_RHC.flatten(1)
+        kept = () if recompute else (qkv_R3HC,)
         ctx.save_for_backward(
             x_RD, norm_w, norm_b, qkv_w, qkv_b, proj_w, mixed_RD, *tables, *lses, *kept
         )
@@ -163,24 +129,24 @@ class _AttentionHalf(torch.autograd.Function):
         tables, lses, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
         dtype, heads, eps = mixed_RD.dtype, ctx.heads, ctx.eps
         dy = dy_RD.to(dtype)
-        qkvs = kept or _queries_keys_values(
-            layer_norm(x_RD, norm_w, norm_b, eps, dtype), qkv_w, qkv_b, heads=heads, tables=tables,
-            segments=ctx.segments, shared=ctx.shared, backend=ctx.backend,
-        )  # fmt: skip
+        if kept:
+            (qkv_R3HC,) = kept
+        else:
+            n_RD = layer_norm(x_RD, norm_w, norm_b, eps, dtype)
+            qkv_R3HC = _packed(n_RD, qkv_w, qkv_b, heads, ctx.shared)
         dmixed_RHC = grad_input(dy, proj_w.to(dtype)).unflatten(-1, (heads, -1))
         mixed_RHC = mixed_RD.unflatten(-1, (heads, -1))
-        dqkv_R3HC = torch.empty((len(dy), 3, *mixed_RHC.shape[1:]), dtype=dtype)
-        sums = []
-        for segment, table, qkv, lse in zip(ctx.segments, tables, qkvs, lses, strict=True):
-            q, k, v = qkv
-            dmixed, mixed = (
-                segment.rows(t).transpose(1, 2).to(q.dtype) for t in (dmixed_RHC, mixed_RHC)
+        dqkv_R3HC = torch.empty_like(qkv_R3HC)
+        sums = [
+            attention_cpu.rotary_backward(
+                own.rows(dmixed_RHC), own.rows(qkv_R3HC), table, own.rows(mixed_RHC), lse,
+                own.rows(dqkv_R3HC), ctx.backend,
             )
-            grads = attention_cpu.backward(dmixed, q, k, v, mixed, lse, ctx.backend)
-            sums.append(heads_last(grads, table, segment.rows(dqkv_R3HC)))
+            for own, table, lse in zip(ctx.segments, tables, lses, strict=True)
+        ]  # fmt: skip
         dproj_w = grad_weight(dy, mixed_RD).to(proj_w.dtype)
-        dqkv_b = reduce(torch.add, sums).to(qkv_w.dtype)
-        del dmixed_RHC, grads, q, k, v, qkv, qkvs
+        dqkv_b = reduce(torch.add, sums).flatten().to(qkv_w.dtype)
+        del dmixed_RHC, qkv_R3HC, kept
         dqkv = dqkv_R3HC.flatten(1)
         if ctx.shared:
             dqkv, dy_RD = ctx.shared.collect(dqkv), ctx.shared.collect(dy_RD)

@@ -4,17 +4,14 @@ elsewhere PyTorch's.
 Ours read and write every row once where PyTorch's take two to five passes, and their GELU costs
 little more than a copy (benchmarks/cpu_choices.py).
 
-Shapes: R rows, D width, F MLP width, B sequences, K tokens of one, H heads, C head channels.
+Shapes: R rows, D width, F MLP width.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastjepa_kernels.block_passes import avx512
 from fastjepa_kernels.precision import wide
-from fastjepa_kernels.rope3d.op import as_factor, rotate_into
 
 CPU = torch.device("cpu")
 
@@ -89,30 +86,3 @@ def _aten_norm(
     weight, bias = widened(weight_D, x_RD), widened(bias_D, x_RD)
     n_RD, mean, rstd = _aten.native_layer_norm(x_RD, x_RD.shape[-1:], weight, bias, eps)
     return n_RD, mean, rstd
-
-
-def heads_first(qkv_BK3HC: Tensor, table_BKC2: Tensor, out_3BHKC: Tensor) -> None:
-    """Writes rotated q, rotated k and v as attention reads them, to rows of tokens that may be part
-    of longer ones."""
-    laid_out = qkv_BK3HC.permute(2, 0, 3, 1, 4)
-    if laid_out.dtype == out_3BHKC.dtype and _ours(out_3BHKC.dtype):
-        avx512.turn(laid_out.unbind(), table_BKC2, out_3BHKC.unbind())
-        return
-    rotate_into(laid_out[:2], as_factor(table_BKC2)[:, None], out_3BHKC[:2])
-    out_3BHKC[2].copy_(laid_out[2])
-
-
-def heads_last(dqkv_BHKC: Sequence[Tensor], table_BKC2: Tensor, out_BK3HC: Tensor) -> Tensor:
-    """The gradient of a packed qkv from those of rotated q, rotated k and v, and its sum over rows
-    [3 H C], in that dtype or a wider one."""
-    if dqkv_BHKC[0].dtype == out_BK3HC.dtype and _ours(out_BK3HC.dtype):
-        to = out_BK3HC.permute(2, 0, 3, 1, 4).unbind()
-        sums = avx512.turn(dqkv_BHKC, table_BKC2, to, back=True, sums=True)
-        assert sums is not None
-        return sums.flatten()
-    dq, dk, dv = dqkv_BHKC
-    back = as_factor(table_BKC2, inverse=True)[:, None]
-    rotate_into(dq, back, out_BK3HC[:, :, 0].transpose(1, 2))
-    rotate_into(dk, back, out_BK3HC[:, :, 1].transpose(1, 2))
-    out_BK3HC[:, :, 2].copy_(dv.transpose(1, 2))
-    return out_BK3HC.flatten(2).flatten(0, 1).sum(0)

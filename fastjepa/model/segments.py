@@ -73,7 +73,8 @@ class SharedRow:
     def spread(self, x_U: Tensor) -> Tensor:
         """Every row of every sequence: [R, ...]."""
         sequences = [torch.cat(self.parts(x_U, i), dim=1) for i in range(len(self.segments))]
-        return torch.cat([sequence.flatten(0, 1) for sequence in sequences])
+        rows = [sequence.flatten(0, 1) for sequence in sequences]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def collect(self, grad_R: Tensor) -> Tensor:
         """The transpose of `spread`: copies of the shared row add up. [R, ...] -> [U, ...]."""

@@ -83,6 +83,85 @@ def test_values_and_gradients_are_those_of_the_formula(
         assert (ours.double() - truth).norm() <= tolerance * scale
 
 
+def turned(qkv_BK3HC: Tensor, table_BKC2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k with their channel pairs turned, and v: [B, H, K, C] each."""
+    q, k, v = qkv_BK3HC.permute(2, 0, 3, 1, 4)
+    factor = torch.view_as_complex(table_BKC2)[:, None]
+    q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) * factor for x in (q, k))
+    return torch.view_as_real(q).flatten(-2), torch.view_as_real(k).flatten(-2), v
+
+
+def rotary_inputs(
+    batch: int, heads: int, length: int, channels: int, tables: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed q, k and v, a table, and what comes from above."""
+    angle = 3 * normal(tables, length, channels // 2, seed=1)
+    return (
+        normal(batch, length, 3, heads, channels, seed=0),
+        torch.stack([angle.cos(), angle.sin()], -1),
+        normal(batch, length, heads, channels, seed=2),
+    )
+
+
+def run_rotary(qkv: Tensor, table: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp, the packed gradient and its sum."""
+    out, grad = torch.empty_like(upstream), torch.empty_like(qkv)
+    lse = avx512.rotary_forward(qkv, table, out)
+    return out, lse, grad, avx512.rotary_backward(upstream, qkv, table, out, lse, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(0, 3),
+    heads=st.integers(1, 4),
+    length=st.one_of(st.integers(1, 120), st.sampled_from([191, 192, 193, 250])),
+    channels=st.sampled_from(avx512.CHANNELS),
+    shared=st.booleans(),
+)
+def test_packed_heads_are_turned_there_and_back(
+    dtype: torch.dtype, batch: int, heads: int, length: int, channels: int, shared: bool
+) -> None:
+    """The table may be one for all sequences."""
+    able(dtype)
+    tables = 1 if shared else batch
+    qkv, table, upstream = rotary_inputs(batch, heads, length, channels, tables)
+    qkv, upstream, table = qkv.to(dtype), upstream.to(dtype), table.float()
+    leaf = qkv.double().requires_grad_()
+    q, k, v = turned(leaf, table.double())
+    exact = formula(q, k, v).transpose(1, 2)
+    (exact_grad,) = torch.autograd.grad(exact, leaf, upstream.double())
+    tolerance = {torch.float32: 4e-6, torch.bfloat16: 2e-2}[dtype]
+
+    out, lse, grad, total = run_rotary(qkv, table, upstream)
+    assert (out - exact).norm() <= tolerance * exact.norm()
+    bound = {torch.float32: 4e-6, torch.bfloat16: 1e-1}[dtype]
+    assert bool(((lse - (q @ k.mT * channels**-0.5).logsumexp(-1)).abs() <= bound).all())
+    scale = exact_grad.norm().clamp_min((grad.numel() / length) ** 0.5 / 2)
+    assert (grad - exact_grad).norm() <= tolerance * scale
+    # Where all gradients of keys cancel, what is left is their roundings.
+    assert total.dtype == torch.float32
+    assert (total - exact_grad.sum((0, 1))).norm() <= tolerance * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_heads_may_be_parts_of_wider_rows(dtype: torch.dtype) -> None:
+    able(dtype)
+    qkv, table, upstream = rotary_inputs(2, 3, 70, 32, 2)
+    qkv, upstream, table = qkv.to(dtype), upstream.to(dtype), table.float()
+
+    def apart(x: Tensor) -> Tensor:
+        wide = x.new_empty(2 * len(x), x.shape[1] + 1, *x.shape[2:-1], x.shape[-1] + 8)
+        return wide[::2, 1:, ..., 3 : 3 + x.shape[-1]].copy_(x)
+
+    wide_table = torch.cat([table, table], 1)[:, :70]
+    plain, strided = (
+        run_rotary(qkv, table, upstream),
+        run_rotary(apart(qkv), wide_table, apart(upstream)),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [32, 64])
 @pytest.mark.parametrize("deviation", [0.1, 1.0, 3.0])
@@ -131,11 +210,16 @@ def test_strides_are_taken_as_they_come(dtype: torch.dtype) -> None:
 def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     able(dtype)
     narrow = [t.to(dtype) for t in inputs((1, 3, 200, 64))]
+    qkv, table, upstream = rotary_inputs(2, 3, 200, 64, 1)
+
+    def both() -> list[Tensor]:
+        return [*run(*narrow), *run_rotary(qkv.to(dtype), table.float(), upstream.to(dtype))]
+
     torch.set_num_threads(1)
-    alone = run(*narrow)
+    alone = both()
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
-        assert all(torch.equal(a, b) for a, b in zip(run(*narrow), alone, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(both(), alone, strict=True))
 
 
 def test_nothing_is_attended_to_by_nobody() -> None:

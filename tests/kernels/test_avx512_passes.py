@@ -135,46 +135,6 @@ def test_a_row_of_equal_numbers_is_the_bias(width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=40, deadline=None)
-@given(
-    batch=st.integers(0, 3),
-    tokens=st.integers(1, 30),
-    heads=st.integers(1, 4),
-    pairs=st.integers(1, 40),
-    shared=st.booleans(),
-    back=st.booleans(),
-)
-def test_heads_are_turned_on_their_way(
-    dtype: torch.dtype, batch: int, tokens: int, heads: int, pairs: int, shared: bool, back: bool
-) -> None:
-    """From packed rows to heads first, or back; the table may be one for all sequences."""
-    able(dtype)
-    packed = normal(batch, tokens, 3, heads, 2 * pairs, seed=0).to(dtype)
-    angle = 3 * normal(1 if shared else batch, tokens, pairs, seed=1)
-    table = torch.stack([angle.cos(), angle.sin()], -1)
-    exact = packed.double()
-    factor = torch.view_as_complex(table.double())[:, :, None, None]
-    q_and_k = torch.view_as_complex(exact[:, :, :2].unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(q_and_k * (factor.conj() if back else factor)).flatten(-2)
-    exact = torch.cat([turned, exact[:, :, 2:]], 2)
-
-    first = torch.empty(3, batch, heads, tokens, 2 * pairs, dtype=dtype)
-    heads_of = packed.permute(2, 0, 3, 1, 4).unbind()
-    assert avx512.turn(heads_of, table, first.unbind(), back=back) is None
-    close(first.permute(1, 3, 0, 2, 4), exact, dtype)
-
-    last = torch.empty_like(packed)
-    contiguous = [t.contiguous() for t in heads_of]
-    to = last.permute(2, 0, 3, 1, 4).unbind()
-    sums = avx512.turn(contiguous, table, to, back=back, sums=True)
-    assert torch.equal(last, first.permute(1, 3, 0, 2, 4))
-    assert sums is not None
-    total = exact.sum((0, 1))
-    slack = 1e-6 * exact.abs().sum((0, 1)).max() if batch else 0.0
-    assert bool(((sums - total).abs() <= slack).all())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_may_be_narrower_than_the_stream(dtype: torch.dtype) -> None:
     able(dtype)
     x, dn, residual = (normal(9, 48, seed=seed).to(dtype) for seed in range(3))
@@ -214,19 +174,11 @@ def test_threads_change_no_bit(dtype: torch.dtype) -> None:
     able(dtype)
     h, x, dn, residual = normal(4, 300, 70, seed=0).to(dtype)
     weight, bias = normal(2, 70, seed=1)
-    table = normal(1, 300, 5, 2, seed=2)
 
     def run() -> list[Tensor]:
-        dqkv = torch.empty(300, 3, 2, 10, dtype=dtype)
-        heads = dn[:, :60].view(1, 300, 3, 2, 10).permute(2, 0, 3, 1, 4).unbind()
-        to = dqkv[None].permute(2, 0, 3, 1, 4).unbind()
-        sums = avx512.turn(heads, table, to, back=True, sums=True)
-        assert sums is not None
         return [
             *avx512.gelu_backward(h, dn.clone()),
             *avx512.layer_norm_backward(dn, x, residual, weight, bias, EPS),
-            dqkv,
-            sums,
         ]
 
     torch.set_num_threads(1)

@@ -6,7 +6,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastjepa.model import attention_cpu
-from fastjepa.model.attention_cpu import LARGEST_SUM, LONG, attention_dtype, backward, forward
+from fastjepa.model.attention_cpu import (
+    LARGEST_SUM,
+    LONG,
+    backward,
+    forward,
+    rotary_backward,
+    rotary_forward,
+)
 from fastjepa_kernels.packed_attention import avx512
 
 
@@ -95,13 +102,60 @@ def test_one_that_is_named_runs_or_says_why_not(monkeypatch: pytest.MonkeyPatch)
         forward(*narrow, "avx512")
 
 
-@pytest.mark.parametrize("able", [False, True])
-def test_bfloat16_runs_in_float32_where_our_kernels_do_not_run(
-    able: bool, monkeypatch: pytest.MonkeyPatch
+def packed(dtype: torch.dtype, deviation: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [2, 50, 3, 3, 32], a table for all sequences, and what comes from above."""
+    angle = 3 * normal(1, 50, 16, seed=1)
+    table = torch.stack([angle.cos(), angle.sin()], -1)
+    return (
+        normal(2, 50, 3, 3, 32, deviation=deviation).to(dtype),
+        table if dtype == torch.float64 else table.float(),
+        normal(2, 50, 3, 32, seed=2).to(dtype),
+    )
+
+
+def rotary_exact(qkv: Tensor, table: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the formula in float64: output, log-sum-exp and the packed gradient."""
+    leaf = qkv.double().clone().requires_grad_()
+    q, k, v = leaf.permute(2, 0, 3, 1, 4)
+    factor = torch.view_as_complex(table.double())[:, None]
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * factor).flatten(-2)
+        for x in (q, k)
+    )
+    out = plain(q, k, v).transpose(1, 2)
+    (grad,) = torch.autograd.grad(out, leaf, upstream.double())
+    return out.detach(), (q @ k.mT * 32**-0.5).logsumexp(-1).detach(), grad
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "deviation", "tolerance"),
+    [
+        (torch.float64, 1.0, 1e-12),
+        (torch.float32, 1.0, 4e-6),
+        (torch.bfloat16, 1.0, 2e-2),
+        (torch.float32, 4.0, 4e-5),
+    ],
+)
+def test_packed_heads_are_turned_there_and_back(
+    dtype: torch.dtype, deviation: float, tolerance: float, backend: str
 ) -> None:
-    monkeypatch.setattr(avx512, "refusal", lambda *_: None if able else "it has none")
-    found = attention_dtype(torch.bfloat16, 64)
-    assert found == (torch.bfloat16 if able else torch.float32)
-    assert attention_dtype(torch.bfloat16, 64, "sdpa") == torch.float32
-    assert attention_dtype(torch.float32, 64) == torch.float32
-    assert attention_dtype(torch.float64, 64) == torch.float64
+    """By our kernels, by PyTorch's, and by these where scores are too large for ours."""
+    qkv, table, upstream = packed(dtype, deviation)
+    exact, exact_lse, exact_grad = rotary_exact(qkv, table, upstream)
+    assert bool((exact_lse.abs() > LARGEST_SUM).any()) == (deviation > 1)
+    out, grad = torch.empty_like(upstream), torch.empty_like(qkv)
+    lse = rotary_forward(qkv, table, out, backend)
+    total = rotary_backward(upstream, qkv, table, out, lse, grad, backend)
+    for ours, truth in ((out, exact), (grad, exact_grad)):
+        assert (ours.double() - truth).norm() <= tolerance * truth.norm()
+    assert total.shape == qkv.shape[2:]
+    assert (total.double() - exact_grad.sum((0, 1))).norm() <= tolerance * exact_grad.norm()
+
+
+def test_bfloat16_runs_in_float32_where_our_kernels_do_not_run() -> None:
+    """Turned heads are not even rounded."""
+    qkv, table, upstream = packed(torch.bfloat16)
+    _, exact, _ = rotary_exact(qkv, table, upstream)
+    lse = rotary_forward(qkv, table, torch.empty_like(upstream), "sdpa")
+    assert (lse - exact).abs().max() <= 1e-5

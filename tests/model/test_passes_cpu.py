@@ -69,25 +69,3 @@ def test_the_norm_and_its_gradient(stream: torch.dtype, products: torch.dtype) -
     close(ours[2], dweight, torch.float32, max(tolerance, 1e-6))
     close(ours[3], dbias, torch.float32, max(tolerance, 1e-6))
     close(ours[4], residual.double().sum(0), None, 1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_are_turned_there_and_back(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, 10, 3, 4, 16, generator=generator, dtype=torch.float64).to(dtype)
-    angle = torch.randn(1, 10, 8, generator=generator, dtype=torch.float64)
-    table = torch.stack([angle.cos(), angle.sin()], -1)
-    table = table if dtype == torch.float64 else table.float()
-    out = torch.empty(3, 2, 4, 12, 16, dtype=dtype)
-    passes_cpu.heads_first(qkv, table, out[:, :, :, 1:11])
-    turns = torch.view_as_complex(table.double())[:, :, None, None]
-    turned = torch.view_as_complex(qkv[:, :, :2].double().unflatten(-1, (-1, 2))) * turns
-    q_and_k = out[:2, :, :, 1:11].permute(1, 3, 0, 2, 4)
-    close(q_and_k, torch.view_as_real(turned).flatten(-2), dtype, TOLERANCE[dtype])
-    assert torch.equal(out[2, :, :, 1:11].transpose(1, 2), qkv[:, :, 2])
-    back = torch.empty_like(qkv)
-    heads = [t.contiguous() for t in out[:, :, :, 1:11]]
-    sums = passes_cpu.heads_last(heads, table, back)
-    close(back, qkv.double(), dtype, TOLERANCE[dtype])
-    total = qkv.double().sum((0, 1)).flatten()
-    close(sums, total, None, TOLERANCE[dtype])

@@ -1,5 +1,4 @@
-// What lies between a block's products and around its attention on an x86 CPU with AVX-512: each
-// one pass over its rows.
+// What lies between a block's products on an x86 CPU with AVX-512: each one pass over its rows.
 //
 // Rows are float32 or (AVX-512 BF16) bfloat16, of any width, all computed in float32 in registers.
 // Threads are OpenMP's, of the runtime that PyTorch has loaded. Sums over rows are those of blocks
@@ -208,47 +207,6 @@ int norm_backward_of(const void* dn_RD, const void* x_RD, const void* residual_R
   return DONE;
 }
 
-// Pairs turned by their cosine and sine. signs: set where the neighbour's share is taken away,
-// which is for the first of a pair, or on the way back for the second.
-INLINE Lanes turned(Lanes pairs, Lanes factors, Lanes signs) {
-  Lanes other = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xb1), _mm512_movehdup_ps(factors));
-  return _mm512_fmadd_ps(pairs, _mm512_moveldup_ps(factors), _mm512_xor_ps(other, signs));
-}
-
-template <class K>
-int turn_of(const View* from, const float* table, int64_t table_batch, int64_t table_token,
-            bool back, const View* to, float* sum_3HC, int64_t batch, int64_t heads,
-            int64_t length, int64_t channels, int threads) {
-  using Value = typename K::Value;
-  Lanes signs = _mm512_castsi512_ps(_mm512_set1_epi64(back ? INT64_MIN : int64_t(1) << 31));
-  int64_t rows = batch * length;
-  Sums sums(sum_3HC ? rows : 0, 3 * heads * channels);
-  if (!sums) return OUT_OF_MEMORY;
-  over_blocks(rows, threads, [&](int64_t block, int64_t low, int64_t high) {
-    float* sums_of_block = sum_3HC ? sums.of(block) : nullptr;
-    for (int64_t row = low; row < high; ++row) {
-      int64_t b = row / length, token = row % length;
-      const float* factors = table + b * table_batch + token * table_token;
-      float* sum = sums_of_block;
-      for (int part = 0; part < 3; ++part) {
-        auto x = from[part].of<Value>(b, 0, token);
-        auto y = to[part].of<Value>(b, 0, token);
-        for (int64_t h = 0; h < heads; ++h, x += from[part].head, y += to[part].head) {
-          over(channels, [&](int64_t i, Mask mask) {
-            Lanes value = K::load(x + i, mask);
-            if (part < 2) value = turned(value, Float32::load(factors + i, mask), signs);
-            K::store(y + i, mask, value);
-            if (sum) add_to(sum + i, mask, value);
-          });
-          if (sum) sum += channels;
-        }
-      }
-    }
-  });
-  if (sum_3HC) sums.write(sum_3HC, threads);
-  return DONE;
-}
-
 }  // namespace
 
 extern "C" {
@@ -284,17 +242,6 @@ int norm_backward(int x_values, int n_values, const void* dn_RD, const void* x_R
                               : norm_backward_of<Bfloat16, Bfloat16>;
   return (x_values == 1 ? wide : narrow)(dn_RD, x_RD, residual_RD, weight_D, bias_D, eps, dx_RD,
                                          n_RD, sum_3D, rows, width, threads);
-}
-
-// Lays q, k and v out as `to` has it, channel pairs of the first two turned by their token's cosine
-// and sine, or `back`. sum_3HC: of what is written over all tokens, if asked for.
-int turn(int values, View q, View k, View v, const float* table, int64_t table_batch,
-         int64_t table_token, int back, View to_q, View to_k, View to_v, float* sum_3HC,
-         int64_t batch, int64_t heads, int64_t length, int64_t channels, int threads) {
-  const View from[] = {q, k, v}, to[] = {to_q, to_k, to_v};
-  auto run = values == 1 ? turn_of<Float32> : turn_of<Bfloat16>;
-  return run(from, table, table_batch, table_token, back, to, sum_3HC, batch, heads, length,
-             channels, threads);
 }
 
 }

@@ -4,17 +4,16 @@ Rows are float32, or bfloat16 where the processor rounds to it (AVX-512 BF16), o
 computed in float32, and sums over rows in an order that no number of threads changes. As exact as
 PyTorch's: GELU to 1.1e-7 of its input.
 
-Shapes: R rows, D width, F MLP width, B sequences, H heads, K tokens, C head channels.
+Shapes: R rows, D width, F MLP width.
 """
 
 import ctypes
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..avx512 import IN_A_WORD, Avx512, View
+from ..avx512 import IN_A_WORD, Avx512
 
 _KIND, _AT, _EPS = ctypes.c_int, ctypes.c_void_p, ctypes.c_float
 _SIZES = [ctypes.c_int64] * 2
@@ -24,16 +23,6 @@ _cpp = Avx512(
         "gelu": [_KIND, _AT, _AT, *_SIZES],
         "gelu_backward": [_KIND, *[_AT] * 4, *_SIZES],
         "norm": [_KIND, _KIND, _AT, _AT, _AT, _EPS, _AT, *_SIZES],
-        "turn": [
-            _KIND,
-            *[View] * 3,
-            _AT,
-            *_SIZES,
-            ctypes.c_int,
-            *[View] * 3,
-            _AT,
-            *[ctypes.c_int64] * 4,
-        ],
         "norm_backward": [_KIND, _KIND, *[_AT] * 5, _EPS, *[_AT] * 3, *_SIZES],
     },
 )
@@ -103,30 +92,3 @@ def layer_norm_backward(
         n_RD.data_ptr(), sum_3D.data_ptr(), *x.shape,
     )  # fmt: skip
     return dx_RD, n_RD, dweight, dbias, sum_D
-
-
-def turn(
-    qkv_BHKC: Sequence[Tensor],
-    table_BKC2: Tensor,
-    to_BHKC: Sequence[Tensor],
-    *,
-    back: bool = False,
-    sums: bool = False,
-) -> Tensor | None:
-    """Writes q and k [B, H, K, C] turned by the table, and v as it is, to three tensors like them.
-
-    Any strides but the last, even C. table: float32 cosines and sines [B or 1, K, C/2, 2]; `back`
-    turns the other way, as gradients go. With `sums` those of what is written over all B and K,
-    float32 [3, H, C]. (docs/method.md section 2.)
-    """
-    batch, heads, length, channels = qkv_BHKC[0].shape
-    assert table_BKC2.stride()[2:] == (2, 1)
-    assert all(t.stride(-1) == 1 for t in (*qkv_BHKC, *to_BHKC))
-    sum_3HC = torch.empty(3, heads, channels) if sums else None
-    _cpp.run(
-        "turn", IN_A_WORD[to_BHKC[0].dtype], *map(View.of, qkv_BHKC), table_BKC2.data_ptr(),
-        table_BKC2.stride(0) if len(table_BKC2) > 1 else 0, table_BKC2.stride(1), back,
-        *map(View.of, to_BHKC), None if sum_3HC is None else sum_3HC.data_ptr(),
-        batch, heads, length, channels,
-    )  # fmt: skip
-    return sum_3HC

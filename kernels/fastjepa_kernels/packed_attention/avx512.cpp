@@ -11,6 +11,9 @@
 // bias; the bias makes zeros of lanes behind a sequence's end and in the backward is minus the
 // log-sum-exp. The forward subtracts no maximum: its caller looks at the log-sum-exp.
 //
+// With a table q and k are turned by it as they are read, and their gradients back as they are
+// written, each once.
+//
 // Threads are OpenMP's, of the runtime that PyTorch has loaded. A task is a head's cut of queries
 // in the forward, a head in the backward; no sum crosses tasks, so threads change no bit.
 //
@@ -65,6 +68,7 @@ struct Float32 {
   static INLINE Lanes add_product(Lanes sum, Words a, Words b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
+  static INLINE Lanes load(const Value* from) { return _mm512_loadu_ps(from); }
   static INLINE void store(Value* to, Lanes first, Lanes second) {
     _mm512_storeu_ps(to, first);
     _mm512_storeu_ps(to + LANES, second);
@@ -79,6 +83,10 @@ struct Bfloat16 {
 
   static INLINE Lanes add_product(Lanes sum, Words a, Words b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  static INLINE Lanes load(const Value* from) {
+    Words words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
   }
   static INLINE void store(Value* to, Lanes first, Lanes second) {
     _mm512_storeu_si512(to, (Words)_mm512_cvtne2ps_pbh(second, first));
@@ -106,6 +114,48 @@ struct Rows {
 template <class K>
 Rows<K> rows_of(const View& view, int64_t b, int64_t h, int length) {
   return {view.of<typename K::Value>(b, h), view.token, length};
+}
+
+// A sequence's cosines and sines of channel pairs, C floats a token; none where nothing turns.
+struct Turns {
+  const float* at;
+  int64_t step;
+
+  explicit operator bool() const { return at; }
+  const float* operator[](int row) const { return at ? at + row * step : nullptr; }
+};
+
+// The same of all sequences [B or 1, K, C]; none at null.
+struct Table {
+  const float* at;
+  int64_t batch, token;
+
+  Turns of(int64_t b) const { return {at ? at + b * batch : nullptr, token}; }
+};
+
+// Channel pairs turned by `factors`; signs: set where the neighbour's share is taken away.
+INLINE Lanes turned(Lanes pairs, const float* factors, Lanes signs) {
+  Lanes by = _mm512_loadu_ps(factors);
+  Lanes other = _mm512_mul_ps(_mm512_permute_ps(pairs, 0xb1), _mm512_movehdup_ps(by));
+  return _mm512_fmadd_ps(pairs, _mm512_moveldup_ps(by), _mm512_xor_ps(other, signs));
+}
+
+// From the first of a pair, or on the way back from the second.
+INLINE Lanes signs(bool back) {
+  return _mm512_castsi512_ps(_mm512_set1_epi64(back ? INT64_MIN : int64_t(1) << 31));
+}
+
+// Rows `low` to `high`, turned, in `room`; where nothing turns, where they are.
+template <class K, int C>
+Rows<K> turned_rows(Rows<K> from, Turns turns, int low, int high, typename K::Value* room) {
+  if (!turns) return {from.at + low * from.step, from.step, high - low};
+  for (int row = low; row < high; ++row)
+    for (int c = 0; c < C; c += NARROW) {
+      Lanes first = K::load(from[row] + c), second = K::load(from[row] + c + LANES);
+      K::store(room + (row - low) * C + c, turned(first, turns[row] + c, signs(false)),
+               turned(second, turns[row] + c + LANES, signs(false)));
+    }
+  return {room, C, high - low};
 }
 
 void transpose(Words r[LANES]) {
@@ -196,6 +246,26 @@ void write_row(const float* from, float scale, typename K::Value* to) {
              _mm512_mul_ps(_mm512_loadu_ps(from + c + LANES), by));
 }
 
+// The gradient of rows `low` to `high`, which lie `apart` floats apart, turned back where there are
+// `turns`; adds its sum over the rows to `sum` [C].
+template <class K, int C>
+void write_gradient(const float* from, int apart, float scale, Turns turns, int low, int high,
+                    Rows<K> to, float* sum) {
+  Lanes by = _mm512_set1_ps(scale), sums[C / LANES] = {};
+  for (int row = low; row < high; ++row, from += apart)
+    for (int c = 0; c < C; c += NARROW) {
+      Lanes x[2];
+      UNROLL for (int i = 0; i < 2; ++i) {
+        x[i] = _mm512_mul_ps(_mm512_loadu_ps(from + c + i * LANES), by);
+        if (turns) x[i] = turned(x[i], turns[row] + c + i * LANES, signs(true));
+        sums[c / LANES + i] = _mm512_add_ps(sums[c / LANES + i], x[i]);
+      }
+      K::store(to[row] + c, x[0], x[1]);
+    }
+  for (int c = 0; c < C; c += LANES)
+    _mm512_storeu_ps(sum + c, _mm512_add_ps(_mm512_loadu_ps(sum + c), sums[c / LANES]));
+}
+
 // Vectors of channels whose sums ROWS rows hold in registers.
 template <int C>
 constexpr int CHANNELS = C / LANES < 4 ? C / LANES : 4;
@@ -222,19 +292,21 @@ void attend_tile(const typename K::Value* const* q, const uint32_t* k, int64_t a
 }
 
 template <class K, int C>
-void attend(Rows<K> q, int low, int high, const uint32_t* k, const uint32_t* v, int keys,
-            const float* bias, float scale, Rows<K> out, float* lse) {
+void attend(Rows<K> all, Turns turns, int low, int high, const uint32_t* k, const uint32_t* v,
+            int keys, const float* bias, float scale, Rows<K> out, float* lse) {
   alignas(64) float sums[QUERIES * C] = {};
+  alignas(64) typename K::Value room[QUERIES * C];
+  Rows<K> q = turned_rows<K, C>(all, turns, low, high, room);
   Lanes totals[QUERIES];
   std::fill(totals, totals + QUERIES, _mm512_setzero_ps());
   for (int key = 0; key < keys;) {
     bool wide = keys - key >= WIDE;
     auto tile = wide ? attend_tile<K, C, 4> : attend_tile<K, C, 2>;
-    for (int row = low; row < high; row += ROWS) {
+    for (int row = 0; row < q.length; row += ROWS) {
       const typename K::Value* rows[ROWS];
       for (int r = 0; r < ROWS; ++r) rows[r] = q[row + r];
       tile(rows, k + key, pitch(keys), v + int64_t(key / K::IN_A_WORD) * C, bias + key, scale,
-           sums + (row - low) * C, totals + (row - low));
+           sums + row * C, totals + row);
     }
     key += wide ? WIDE : NARROW;
   }
@@ -246,8 +318,8 @@ void attend(Rows<K> q, int low, int high, const uint32_t* k, const uint32_t* v, 
 }
 
 template <class K, int C>
-int forward(View q, View k, View v, View out, float* lse, int batch, int heads, int length,
-            int threads) {
+int forward(View q, View k, View v, Table table, View out, float* lse, int batch, int heads,
+            int length, int threads) {
   int keys = up(length, NARROW), cuts = (length + QUERIES - 1) / QUERIES;
   int queries = up((length + cuts - 1) / cuts, ROWS);
   int64_t all = int64_t(batch) * heads, words = int64_t(pitch(keys)) * C / K::IN_A_WORD;
@@ -261,18 +333,21 @@ int forward(View q, View k, View v, View out, float* lse, int batch, int heads, 
 #pragma omp for
     for (int64_t i = 0; i < all; ++i) {
       int64_t b = i / heads, h = i % heads;
-      lay_out_columns<K>(rows_of<K>(k, b, h, length), C / K::IN_A_WORD, keys,
-                         room.get() + 2 * i * words);
-      lay_out_along<K, C>(rows_of<K>(v, b, h, length), keys, room.get() + (2 * i + 1) * words);
+      uint32_t *columns = room.get() + 2 * i * words, *along = columns + words;
+      auto own = reinterpret_cast<typename K::Value*>(along);  // till v comes
+      lay_out_columns<K>(
+          turned_rows<K, C>(rows_of<K>(k, b, h, length), table.of(b), 0, length, own),
+          C / K::IN_A_WORD, keys, columns);
+      lay_out_along<K, C>(rows_of<K>(v, b, h, length), keys, along);
     }
 #pragma omp for collapse(2)
     for (int64_t i = 0; i < all; ++i)
       for (int cut = 0; cut < cuts; ++cut) {
         int64_t b = i / heads, h = i % heads;
         int low = cut * queries, high = std::min(low + queries, length);
-        attend<K, C>(rows_of<K>(q, b, h, length), low, high, room.get() + 2 * i * words,
-                     room.get() + (2 * i + 1) * words, keys, bias.get(), scale,
-                     rows_of<K>(out, b, h, length), lse + i * length);
+        attend<K, C>(rows_of<K>(q, b, h, length), table.of(b), low, high,
+                     room.get() + 2 * i * words, room.get() + (2 * i + 1) * words, keys,
+                     bias.get(), scale, rows_of<K>(out, b, h, length), lse + i * length);
       }
   }
   return DONE;
@@ -286,6 +361,7 @@ struct Head {
   uint32_t *q_columns, *grad_columns;  // [words of C][queries]
   uint32_t *q_along, *grad_along;      // [words of queries][C]
   uint32_t *k_along, *k_columns;       // [words of keys][C], [C][words of keys]
+  Value *q, *k;                        // turned, [length][C]
   float *dq, *bias, *shift;            // [C][queries], [queries], [queries]
   alignas(64) float dk[KEYS * C], dv[KEYS * C];
   alignas(64) Value p[KEYS][WIDE], ds[KEYS][WIDE];
@@ -297,13 +373,14 @@ struct Head {
         keys_apart(pitch(keys / K::IN_A_WORD)) {
     int64_t of_queries = int64_t(queries_apart) * C / K::IN_A_WORD;
     int64_t of_keys = int64_t(keys_apart) * C, of_sums = int64_t(queries_apart) * C;
-    room = make_room(4 * of_queries + 2 * of_keys + of_sums + 2 * queries_apart);
+    room = make_room(6 * of_queries + 2 * of_keys + of_sums + 2 * queries_apart);
     uint32_t* next = room.get();
     auto take = [&](auto*& place, int64_t words) {
       place = reinterpret_cast<std::remove_reference_t<decltype(place)>>(next);
       next += words;
     };
     for (auto place : {&q_columns, &grad_columns, &q_along, &grad_along}) take(*place, of_queries);
+    for (auto place : {&q, &k}) take(*place, of_queries);
     for (auto place : {&k_along, &k_columns}) take(*place, of_keys);
     take(dq, of_sums);
     for (auto place : {&bias, &shift}) take(*place, queries_apart);
@@ -399,10 +476,15 @@ void lay_out(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows<K> out,
   }
 }
 
+// sum_3C: of the three gradients over the tokens.
 template <class K, int C>
 void backward_of_head(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows<K> v,
-                      Rows<K> out, const float* lse, Rows<K> dq, Rows<K> dk, Rows<K> dv) {
+                      Turns turns, Rows<K> out, const float* lse, Rows<K> dq, Rows<K> dk,
+                      Rows<K> dv, float* sum_3C) {
   int length = q.length;
+  q = turned_rows<K, C>(q, turns, 0, length, head.q);
+  k = turned_rows<K, C>(k, turns, 0, length, head.k);
+  std::fill(sum_3C, sum_3C + 3 * C, 0.0f);
   float scale = float(1 / std::sqrt(double(C)));
   lay_out<K, C>(head, grad, q, k, out, lse);
   std::fill(head.dq, head.dq + int64_t(head.queries_apart) * C, 0.0f);
@@ -413,22 +495,23 @@ void backward_of_head(Head<K, C>& head, Rows<K> grad, Rows<K> q, Rows<K> k, Rows
     for (int query = 0; query < head.queries; query += WIDE)
       add_gradients<K, C>(head, k, v, key, keys, query, std::min(WIDE, head.queries - query),
                           float(M_LOG2E) * scale);
-    for (int n = key; n < std::min(key + KEYS, length); ++n) {
-      write_row<K, C>(head.dk + (n - key) * C, scale, dk[n]);
-      write_row<K, C>(head.dv + (n - key) * C, 1, dv[n]);
-    }
+    int stop = std::min(key + KEYS, length);
+    write_gradient<K, C>(head.dk, C, scale, turns, key, stop, dk, sum_3C + C);
+    write_gradient<K, C>(head.dv, C, 1, {}, key, stop, dv, sum_3C + 2 * C);
   }
   for (int n = 0; n < length; n += LANES) {
     alignas(64) uint32_t rows[LANES * pitch(C)];
     lay_out_columns<Float32>({head.dq + n, head.queries_apart, C}, LANES, C, rows);
-    for (int i = 0; i < std::min(LANES, length - n); ++i)
-      write_row<K, C>(reinterpret_cast<float*>(rows + i * pitch(C)), scale, dq[n + i]);
+    write_gradient<K, C>(reinterpret_cast<float*>(rows), pitch(C), scale, turns, n,
+                         std::min(n + LANES, length), dq, sum_3C);
   }
 }
 
 template <class K, int C>
-int backward(View grad, View q, View k, View v, View out, const float* lse, View dq, View dk,
-             View dv, int batch, int heads, int length, int threads) {
+int backward(View grad, View q, View k, View v, Table table, View out, const float* lse, View dq,
+             View dk, View dv, float* sum_3HC, int batch, int heads, int length, int threads) {
+  std::unique_ptr<float[]> sums(new (std::nothrow) float[int64_t(batch) * heads * 3 * C]);
+  if (!sums) return OUT_OF_MEMORY;
   int result = DONE;
 #pragma omp parallel num_threads(threads)
   {
@@ -442,14 +525,23 @@ int backward(View grad, View q, View k, View v, View out, const float* lse, View
     for (int64_t i = 0; i < int64_t(batch) * heads; ++i) {
       if (result != DONE) continue;
       auto of = [&](const View& view) { return rows_of<K>(view, i / heads, i % heads, length); };
-      backward_of_head<K, C>(*head, of(grad), of(q), of(k), of(v), of(out), lse + i * length,
-                             of(dq), of(dk), of(dv));
+      backward_of_head<K, C>(*head, of(grad), of(q), of(k), of(v), table.of(i / heads), of(out),
+                             lse + i * length, of(dq), of(dk), of(dv), sums.get() + i * 3 * C);
     }
   }
+  if (sum_3HC && result == DONE)
+    for (int part = 0; part < 3; ++part)
+      for (int h = 0; h < heads; ++h)
+        for (int c = 0; c < C; ++c) {
+          double sum = 0;
+          for (int64_t b = 0; b < batch; ++b) sum += sums[((b * heads + h) * 3 + part) * C + c];
+          sum_3HC[(int64_t(part) * heads + h) * C + c] = float(sum);
+        }
   return result;
 }
 
-// Head channels that are not among these give 1 and nothing else. lse: [B, H, K].
+// Head channels that are not among these give 1 and nothing else. lse: [B, H, K]; sum_3HC: of the
+// gradients over all tokens, if asked for.
 #define FOR_CHANNELS(CALL)                   \
   switch (channels) {                        \
     case 32: return CALL(32);                \
@@ -459,17 +551,20 @@ int backward(View grad, View q, View k, View v, View out, const float* lse, View
   }
 
 template <class K>
-int forward_of(View q, View k, View v, View out, float* lse, int batch, int heads,
+int forward_of(View q, View k, View v, Table table, View out, float* lse, int batch, int heads,
                int length, int channels, int threads) {
-#define CALL(C) forward<K, C>(q, k, v, out, lse, batch, heads, length, threads)
+#define CALL(C) forward<K, C>(q, k, v, table, out, lse, batch, heads, length, threads)
   FOR_CHANNELS(CALL)
 #undef CALL
 }
 
 template <class K>
-int backward_of(View grad, View q, View k, View v, View out, const float* lse, View dq, View dk,
-                View dv, int batch, int heads, int length, int channels, int threads) {
-#define CALL(C) backward<K, C>(grad, q, k, v, out, lse, dq, dk, dv, batch, heads, length, threads)
+int backward_of(View grad, View q, View k, View v, Table table, View out, const float* lse, View dq,
+                View dk, View dv, float* sum_3HC, int batch, int heads, int length, int channels,
+                int threads) {
+#define CALL(C)                                                                            \
+  backward<K, C>(grad, q, k, v, table, out, lse, dq, dk, dv, sum_3HC, batch, heads, length, \
+                 threads)
   FOR_CHANNELS(CALL)
 #undef CALL
 }
@@ -478,16 +573,18 @@ int backward_of(View grad, View q, View k, View v, View out, const float* lse, V
 
 extern "C" {
 
-int forward(int values, View q, View k, View v, View out, float* lse, int batch,
+int forward(int values, View q, View k, View v, Table table, View out, float* lse, int batch,
             int heads, int length, int channels, int threads) {
   auto run = values == 1 ? forward_of<Float32> : forward_of<Bfloat16>;
-  return run(q, k, v, out, lse, batch, heads, length, channels, threads);
+  return run(q, k, v, table, out, lse, batch, heads, length, channels, threads);
 }
 
-int backward(int values, View grad, View q, View k, View v, View out, const float* lse, View dq,
-             View dk, View dv, int batch, int heads, int length, int channels, int threads) {
+int backward(int values, View grad, View q, View k, View v, Table table, View out, const float* lse,
+             View dq, View dk, View dv, float* sum_3HC, int batch, int heads, int length,
+             int channels, int threads) {
   auto run = values == 1 ? backward_of<Float32> : backward_of<Bfloat16>;
-  return run(grad, q, k, v, out, lse, dq, dk, dv, batch, heads, length, channels, threads);
+  return run(grad, q, k, v, table, out, lse, dq, dk, dv, sum_3HC, batch, heads, length, channels,
+             threads);
 }
 
 }

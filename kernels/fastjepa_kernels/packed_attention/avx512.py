@@ -1,7 +1,8 @@
 """Attention on a CPU with AVX-512, in C++ (avx512.cpp): one pass over scores that are never stored.
 
 Float32, and bfloat16 where the processor multiplies it (AVX-512 BF16); heads of 32, 64 or 128
-channels. Sums are added up in float32 in an order that no number of threads changes.
+channels. Sums are added up in float32 in an order that no number of threads changes. It takes
+heads of q, k and v as they are, or packed and before their rotation, which it then does itself.
 
 Shapes: B sequences, H heads, K tokens, C head channels.
 """
@@ -19,12 +20,34 @@ from .op import side_by_side
 CHANNELS = (32, 64, 128)
 
 
+class _Table(ctypes.Structure):
+    """A rotary table, as avx512.cpp has it; by default none."""
+
+    _fields_ = (("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64))
+
+    @classmethod
+    def of(cls, table_BKC2: Tensor) -> "_Table":
+        assert table_BKC2.dtype == torch.float32
+        assert table_BKC2.stride()[2:] == (2, 1)
+        batch, token = table_BKC2.stride()[:2]
+        return cls(table_BKC2.data_ptr(), batch if len(table_BKC2) > 1 else 0, token)
+
+
 _SIZES = [ctypes.c_int] * 4
 _cpp = Avx512(
     Path(__file__).with_suffix(".cpp"),
     {
-        "forward": [ctypes.c_int, *[View] * 4, ctypes.c_void_p, *_SIZES],
-        "backward": [ctypes.c_int, *[View] * 5, ctypes.c_void_p, *[View] * 3, *_SIZES],
+        "forward": [ctypes.c_int, *[View] * 3, _Table, View, ctypes.c_void_p, *_SIZES],
+        "backward": [
+            ctypes.c_int,
+            *[View] * 4,
+            _Table,
+            View,
+            ctypes.c_void_p,
+            *[View] * 3,
+            ctypes.c_void_p,
+            *_SIZES,
+        ],
     },
 )
 
@@ -61,7 +84,7 @@ def _forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Te
     out = out.transpose(1, 2)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
-        _run("forward", q, *map(View.of, (q, k, v, out)), lse.data_ptr())
+        _run("forward", q, *map(View.of, (q, k, v)), _Table(), View.of(out), lse.data_ptr())
     return out, lse
 
 
@@ -83,7 +106,51 @@ def backward(
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
     if q.numel():
         _run(
-            "backward", q, *map(View.of, (grad, q, k, v, out)), lse.data_ptr(),
-            *map(View.of, (dq, dk, dv)),
+            "backward", q, *map(View.of, (grad, q, k, v)), _Table(), View.of(out), lse.data_ptr(),
+            *map(View.of, (dq, dk, dv)), None,
         )  # fmt: skip
     return dq, dk, dv
+
+
+def rotary_forward(qkv_BK3HC: Tensor, table_BKC2: Tensor, out_BKHC: Tensor) -> Tensor:
+    """`forward` of packed q, k and v, q and k turned by a table first: writes the output, gives the
+    log-sum-exp [B, H, K].
+
+    table: float32 cosines and sines of channel pairs [B or 1, K, C/2, 2]. Channels lie side by
+    side, tokens and heads anyhow. (docs/method.md section 2.)
+    """
+    q, k, v = qkv_BK3HC.permute(2, 0, 3, 1, 4).unbind()
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if q.numel():
+        _run(
+            "forward", q, *map(_view, (q, k, v)), _Table.of(table_BKC2),
+            _view(out_BKHC.transpose(1, 2)), lse.data_ptr(),
+        )  # fmt: skip
+    return lse
+
+
+def rotary_backward(
+    grad_BKHC: Tensor,
+    qkv_BK3HC: Tensor,
+    table_BKC2: Tensor,
+    out_BKHC: Tensor,
+    lse_BHK: Tensor,
+    dqkv_BK3HC: Tensor,
+) -> Tensor:
+    """Writes the gradient of `rotary_forward`'s packed q, k and v, and gives its sum over all B and
+    K, float32 [3, H, C]."""
+    q, k, v = qkv_BK3HC.permute(2, 0, 3, 1, 4).unbind()
+    grad, out = grad_BKHC.transpose(1, 2), out_BKHC.transpose(1, 2)
+    lse = lse_BHK.contiguous()
+    sum_3HC = torch.zeros(qkv_BK3HC.shape[2:])
+    if q.numel():
+        _run(
+            "backward", q, *map(_view, (grad, q, k, v)), _Table.of(table_BKC2), _view(out),
+            lse.data_ptr(), *map(_view, dqkv_BK3HC.permute(2, 0, 3, 1, 4)), sum_3HC.data_ptr(),
+        )  # fmt: skip
+    return sum_3HC
+
+
+def _view(x_BHKC: Tensor) -> View:
+    assert x_BHKC.stride(-1) == 1
+    return View.of(x_BHKC)
