@@ -24,6 +24,7 @@ from fastjepa.data.mixture import Mixture
 from fastjepa.distillation import check_teacher, load_teacher
 from fastjepa.durable import write_text
 from fastjepa.evaluation import MOST_FRAMES, ClassProbe, DigitProbe, OnlineEvaluation, Probe
+from fastjepa.freed_memory import keep_freed_memory
 from fastjepa.model import Encoder, Predictor
 from fastjepa.model.block import compile_blocks
 from fastjepa.model.float8 import target_linear
@@ -132,6 +133,8 @@ def _prepared(
     if recipe.engine.threads is not None:
         torch.set_num_threads(recipe.engine.threads)
     device = device_of(recipe.engine.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     share = share_of(recipe, resolved, rank=ranks.rank, ranks=ranks.size)
     datasets = datasets_of(recipe, resolved)
     loaders = loaders_of(recipe, share, datasets, device)
