@@ -246,6 +246,40 @@ def test_too_little_memory_is_an_error() -> None:
     assert "MemoryError: packed_attention, forward: not enough memory" in done.stderr
 
 
+def test_what_does_not_fit_is_an_error() -> None:
+    """Not a read or a write beside it."""
+    able(torch.float32)
+    q = torch.zeros(2, 3, 9, 32)
+    lse = torch.zeros(2, 3, 9)
+    with pytest.raises(
+        ValueError, match=r"v: expected torch.float32 \[2, 3, 9, 32\].*\[2, 3, 8, 32"
+    ):
+        avx512.forward(q, q, q[:, :, :8])
+    with pytest.raises(ValueError, match=r"out: expected torch.float32.*got torch.bfloat16"):
+        avx512.backward(q, q, q, q, q.bfloat16(), lse)
+    with pytest.raises(ValueError, match=r"attention by avx512: it takes heads of 32, 64 or 128"):
+        avx512.forward(q[..., :16], q[..., :16], q[..., :16])
+    qkv, table, out = (
+        torch.zeros(2, 9, 3, 3, 32),
+        torch.zeros(1, 9, 16, 2),
+        torch.zeros(2, 9, 3, 32),
+    )
+    with pytest.raises(ValueError, match=r"out: expected .*\[2, 9, 3, 32\].*\[2, 8, 3, 32\]"):
+        avx512.rotary_forward(qkv, table, out[:, :8])
+    with pytest.raises(
+        ValueError, match=r"table: expected \[2 or 1, 9, 16, 2\], got \[3, 9, 16, 2"
+    ):
+        avx512.rotary_forward(qkv, table.expand(3, -1, -1, -1), out)
+    with pytest.raises(ValueError, match=r"table: expected float32 pairs side by side"):
+        avx512.rotary_forward(qkv, table.double(), out)
+    with pytest.raises(ValueError, match=r"expected channels side by side"):
+        avx512.rotary_forward(qkv, table, out.mT.contiguous().mT)
+    with pytest.raises(
+        ValueError, match=r"dqkv: expected .*\[2, 9, 3, 3, 32\].*\[1, 9, 3, 3, 32\]"
+    ):
+        avx512.rotary_backward(out, qkv, table, out, lse, qkv[:1])
+
+
 def test_a_refusal_says_why() -> None:
     assert avx512.refusal(torch.device("cuda"), torch.float32, 64) == "it needs a CPU, not cuda"
     assert "float64" in str(avx512.refusal(CPU, torch.float64, 64))

@@ -26,11 +26,18 @@ class _Table(ctypes.Structure):
     _fields_ = (("at", ctypes.c_void_p), ("batch", ctypes.c_int64), ("token", ctypes.c_int64))
 
     @classmethod
-    def of(cls, table_BKC2: Tensor) -> "_Table":
-        assert table_BKC2.dtype == torch.float32
-        assert table_BKC2.stride()[2:] == (2, 1)
-        batch, token = table_BKC2.stride()[:2]
-        return cls(table_BKC2.data_ptr(), batch if len(table_BKC2) > 1 else 0, token)
+    def of(cls, table_BKC2: Tensor, qkv_BK3HC: Tensor) -> "_Table":
+        batch, tokens, *_, channels = qkv_BK3HC.shape
+        one, *rest = table_BKC2.shape
+        if one not in (1, batch) or rest != [tokens, channels // 2, 2]:
+            raise ValueError(
+                f"table: expected [{batch} or 1, {tokens}, {channels // 2}, 2], "
+                f"got {list(table_BKC2.shape)}"
+            )
+        if table_BKC2.dtype != torch.float32 or table_BKC2.stride()[2:] != (2, 1):
+            raise ValueError("table: expected float32 pairs side by side")
+        step, token = table_BKC2.stride()[:2]
+        return cls(table_BKC2.data_ptr(), 0 if one == 1 else step, token)
 
 
 _SIZES = [ctypes.c_int] * 4
@@ -60,6 +67,19 @@ def refusal(device: torch.device, dtype: torch.dtype, channels: int) -> str | No
     return _cpp.refusal(device, dtype)
 
 
+def _check(like: Tensor, **tensors: Tensor) -> None:
+    """Raises ValueError for what it cannot take, or what is not like the first."""
+    why = refusal(like.device, like.dtype, like.shape[-1])
+    if why is not None:
+        raise ValueError(f"attention by avx512: {why}")
+    for name, x in tensors.items():
+        if x.shape != like.shape or x.dtype != like.dtype or x.device != like.device:
+            raise ValueError(
+                f"{name}: expected {like.dtype} {list(like.shape)} on a CPU, "
+                f"got {x.dtype} {list(x.shape)} on {x.device.type}"
+            )
+
+
 def _run(name: str, x_BHKC: Tensor, *arguments: object) -> None:
     _cpp.run(name, IN_A_WORD[x_BHKC.dtype], *arguments, *x_BHKC.shape)
 
@@ -70,8 +90,11 @@ def forward(q_BHKC: Tensor, k_BHKC: Tensor, v_BHKC: Tensor) -> tuple[Tensor, Ten
 
     q, k, v: as `refusal` lets pass, any strides. No maximum is subtracted from the scores: where a
     log-sum-exp lies beyond +-60 the output need not be right, and is not finite where one is not.
-    (docs/method.md section 2.)
+    Raises ValueError for what `refusal` does not let pass, and for tensors that differ in shape or
+    dtype. (docs/method.md section 2.)
     """
+    if not q_BHKC.is_meta:
+        _check(q_BHKC, k=k_BHKC, v=v_BHKC)
     # The first call of the op in a process loads Triton.
     run = _forward_op if must_be_one_op(q_BHKC, k_BHKC, v_BHKC) else _forward
     out, lse = run(q_BHKC, k_BHKC, v_BHKC)
@@ -100,7 +123,8 @@ def backward(
     lse_BHK: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each a contiguous [B, H, K, C], from anyone's output and float32
-    log-sum-exp."""
+    log-sum-exp. Raises ValueError as `forward` does."""
+    _check(q_BHKC, grad=grad_BHKC, k=k_BHKC, v=v_BHKC, out=out_BHKC)
     grad, q, k, v, out = map(side_by_side, (grad_BHKC, q_BHKC, k_BHKC, v_BHKC, out_BHKC))
     lse = lse_BHK.contiguous()
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
@@ -117,13 +141,14 @@ def rotary_forward(qkv_BK3HC: Tensor, table_BKC2: Tensor, out_BKHC: Tensor) -> T
     log-sum-exp [B, H, K].
 
     table: float32 cosines and sines of channel pairs [B or 1, K, C/2, 2]. Channels lie side by
-    side, tokens and heads anyhow. (docs/method.md section 2.)
+    side, tokens and heads anyhow. Raises ValueError for what is not so. (docs/method.md section 2.)
     """
+    _check(qkv_BK3HC[:, :, 0], out=out_BKHC)
     q, k, v = qkv_BK3HC.permute(2, 0, 3, 1, 4).unbind()
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if q.numel():
         _run(
-            "forward", q, *map(_view, (q, k, v)), _Table.of(table_BKC2),
+            "forward", q, *map(_view, (q, k, v)), _Table.of(table_BKC2, qkv_BK3HC),
             _view(out_BKHC.transpose(1, 2)), lse.data_ptr(),
         )  # fmt: skip
     return lse
@@ -138,19 +163,23 @@ def rotary_backward(
     dqkv_BK3HC: Tensor,
 ) -> Tensor:
     """Writes the gradient of `rotary_forward`'s packed q, k and v, and gives its sum over all B and
-    K, float32 [3, H, C]."""
+    K, float32 [3, H, C]. Raises ValueError as it does."""
+    _check(qkv_BK3HC[:, :, 0], grad=grad_BKHC, out=out_BKHC)
+    _check(qkv_BK3HC, dqkv=dqkv_BK3HC)
     q, k, v = qkv_BK3HC.permute(2, 0, 3, 1, 4).unbind()
     grad, out = grad_BKHC.transpose(1, 2), out_BKHC.transpose(1, 2)
     lse = lse_BHK.contiguous()
     sum_3HC = torch.zeros(qkv_BK3HC.shape[2:])
     if q.numel():
         _run(
-            "backward", q, *map(_view, (grad, q, k, v)), _Table.of(table_BKC2), _view(out),
-            lse.data_ptr(), *map(_view, dqkv_BK3HC.permute(2, 0, 3, 1, 4)), sum_3HC.data_ptr(),
+            "backward", q, *map(_view, (grad, q, k, v)), _Table.of(table_BKC2, qkv_BK3HC),
+            _view(out), lse.data_ptr(), *map(_view, dqkv_BK3HC.permute(2, 0, 3, 1, 4)),
+            sum_3HC.data_ptr(),
         )  # fmt: skip
     return sum_3HC
 
 
 def _view(x_BHKC: Tensor) -> View:
-    assert x_BHKC.stride(-1) == 1
+    if x_BHKC.stride(-1) != 1:
+        raise ValueError(f"expected channels side by side, got strides {x_BHKC.stride()}")
     return View.of(x_BHKC)
