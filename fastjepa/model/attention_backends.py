@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend as Sdpa
 from torch.nn.attention import sdpa_kernel
 
 from fastjepa.model.attention_cpu import Avx512
-from fastjepa.model.segments import Segment
+from fastjepa.model.segments import Segment, packed
 from fastjepa_kernels.packed_attention import avx512
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -106,7 +106,7 @@ def by_segment(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
             shape = segment.count, segment.length, *q_RHC.shape[1:]
             q, k, v = (x.view(shape).transpose(1, 2) for x in side)
             parts.append(kernel(q, k, v).transpose(1, 2).flatten(0, 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return packed(parts)
 
     return run
 

@@ -30,6 +30,7 @@ LARGEST_SUM = 60.0
 CPU = torch.device("cpu")
 
 _aten = torch.ops.aten
+_flash = _aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _ours(backend: str, dtype: torch.dtype, channels: int) -> bool:
@@ -50,12 +51,13 @@ def rotary_forward(
 
     out: of any strides but the last. `backend` and what is raised: of `forward`.
     """
-    if _at_once(qkv_BK3HC, backend):
+    at_once = _at_once(qkv_BK3HC, backend)
+    if at_once:
         lse = avx512.rotary_forward(qkv_BK3HC, table_BKC2, out_BKHC)
         if _within(lse):
             return lse
     q, k, v = _heads_first(qkv_BK3HC, table_BKC2, backend)
-    out, lse = forward(q, k, v, backend)
+    out, lse = _flash(q, k, v) if at_once else forward(q, k, v, backend)
     out_BKHC.copy_(out.transpose(1, 2))
     return lse
 
@@ -121,7 +123,7 @@ def forward(
         out, lse = avx512.forward(q_BHKC, k_BHKC, v_BHKC)
         if _within(lse):
             return out, lse
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHKC, k_BHKC, v_BHKC)
+    out, lse = _flash(q_BHKC, k_BHKC, v_BHKC)
     return out, lse
 
 

@@ -8,14 +8,13 @@ D width.
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, overload
 
-import torch
 from torch import Tensor, nn
 
 from fastjepa.model.block import EPS, Block, LayerNorm
 from fastjepa.model.checkpointing import run_block
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
-from fastjepa.model.segments import segments_of
+from fastjepa.model.segments import packed, segments_of
 from fastjepa.model.tokenizer import Tokenizer
 from fastjepa.presets import Generation, Rope
 from fastjepa_kernels import packed_rows
@@ -125,7 +124,7 @@ class Encoder(nn.Module):
             tokens.append(x_RD)
             tables += own_tables
             shapes += own_shapes
-        x_RD = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+        x_RD = packed(tokens)
         segments = segments_of(shapes)
         tables = self.blocks[0].tables(x_RD, tables, segments)  # type: ignore[operator]
         outputs: dict[int, Tensor] = {}

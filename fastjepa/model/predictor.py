@@ -19,7 +19,7 @@ from fastjepa.model.block import EPS, Block, LayerNorm
 from fastjepa.model.checkpointing import run_block
 from fastjepa.model.init import initialise, modality_embedding
 from fastjepa.model.positions import rotary_table
-from fastjepa.model.segments import SharedRow, num_rows, segments_of
+from fastjepa.model.segments import SharedRow, num_rows, packed, segments_of
 from fastjepa.presets import Rope
 from fastjepa_kernels.precision import wide
 
@@ -145,7 +145,7 @@ class Predictor(nn.Module):
             for segment, count in zip(segments, kept, strict=True)
         ]
         context, predicted = (
-            torch.cat([rows.flatten(0, 1) for rows in kind]) for kind in zip(*pairs, strict=True)
+            packed([rows.flatten(0, 1) for rows in kind]) for kind in zip(*pairs, strict=True)
         )
         return predicted, context
 

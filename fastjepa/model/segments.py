@@ -43,6 +43,11 @@ def segments_of(shapes: Sequence[tuple[int, int]]) -> tuple[Segment, ...]:
     return tuple(place())
 
 
+def packed(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of some parts, one part behind the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
 def num_rows(index_groups_BK: Sequence[Tensor]) -> int:
     """Packed rows of some groups of index sets [B, K]."""
     return sum(index.numel() for index in index_groups_BK)
@@ -73,8 +78,7 @@ class SharedRow:
     def spread(self, x_U: Tensor) -> Tensor:
         """Every row of every sequence: [R, ...]."""
         sequences = [torch.cat(self.parts(x_U, i), dim=1) for i in range(len(self.segments))]
-        rows = [sequence.flatten(0, 1) for sequence in sequences]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return packed([sequence.flatten(0, 1) for sequence in sequences])
 
     def collect(self, grad_R: Tensor) -> Tensor:
         """The transpose of `spread`: copies of the shared row add up. [R, ...] -> [U, ...]."""

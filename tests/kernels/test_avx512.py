@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from fastjepa_kernels import native
 from fastjepa_kernels.packed_attention import avx512
+from fastjepa_kernels.rope3d import reference
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -83,14 +84,6 @@ def test_values_and_gradients_are_those_of_the_formula(
         assert (ours.double() - truth).norm() <= tolerance * scale
 
 
-def turned(qkv_BK3HC: Tensor, table_BKC2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k with their channel pairs turned, and v: [B, H, K, C] each."""
-    q, k, v = qkv_BK3HC.permute(2, 0, 3, 1, 4)
-    factor = torch.view_as_complex(table_BKC2)[:, None]
-    q, k = (torch.view_as_complex(x.unflatten(-1, (-1, 2))) * factor for x in (q, k))
-    return torch.view_as_real(q).flatten(-2), torch.view_as_real(k).flatten(-2), v
-
-
 def rotary_inputs(
     batch: int, heads: int, length: int, channels: int, tables: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +121,7 @@ def test_packed_heads_are_turned_there_and_back(
     qkv, table, upstream = rotary_inputs(batch, heads, length, channels, tables)
     qkv, upstream, table = qkv.to(dtype), upstream.to(dtype), table.float()
     leaf = qkv.double().requires_grad_()
-    q, k, v = turned(leaf, table.double())
+    q, k, v = reference.rope3d(leaf, table.double()).permute(2, 0, 3, 1, 4)
     exact = formula(q, k, v).transpose(1, 2)
     (exact_grad,) = torch.autograd.grad(exact, leaf, upstream.double())
     tolerance = {torch.float32: 4e-6, torch.bfloat16: 2e-2}[dtype]

@@ -15,6 +15,7 @@ from fastjepa.model.attention_cpu import (
     rotary_forward,
 )
 from fastjepa_kernels.packed_attention import avx512
+from fastjepa_kernels.rope3d import reference
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,12 +117,7 @@ def packed(dtype: torch.dtype, deviation: float = 1.0) -> tuple[Tensor, Tensor, 
 def rotary_exact(qkv: Tensor, table: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """By the formula in float64: output, log-sum-exp and the packed gradient."""
     leaf = qkv.double().clone().requires_grad_()
-    q, k, v = leaf.permute(2, 0, 3, 1, 4)
-    factor = torch.view_as_complex(table.double())[:, None]
-    q, k = (
-        torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * factor).flatten(-2)
-        for x in (q, k)
-    )
+    q, k, v = reference.rope3d(leaf, table.double()).permute(2, 0, 3, 1, 4)
     out = plain(q, k, v).transpose(1, 2)
     (grad,) = torch.autograd.grad(out, leaf, upstream.double())
     return out.detach(), (q @ k.mT * 32**-0.5).logsumexp(-1).detach(), grad
